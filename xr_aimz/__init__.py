@@ -1,0 +1,60 @@
+"""NumPyro models on labelled xarray Datasets.
+
+Importing this package registers ``Dataset.aimz`` and imports neither JAX nor NumPyro:
+those come with the first name that needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+from xr_aimz import accessor as _accessor
+from xr_aimz import errors
+from xr_aimz.options import get_options, set_options
+
+if TYPE_CHECKING:
+    from xr_aimz.describe import describe
+    from xr_aimz.fit import fit
+    from xr_aimz.from_posterior import from_posterior
+    from xr_aimz.model import plate
+    from xr_aimz.posterior import Fit
+    from xr_aimz.predict import log_likelihood, predict
+    from xr_aimz.store import to_zarr
+
+__version__ = _version("xr_aimz")
+__all__ = [
+    "Fit",
+    "describe",
+    "errors",
+    "fit",
+    "from_posterior",
+    "get_options",
+    "log_likelihood",
+    "plate",
+    "predict",
+    "set_options",
+    "to_zarr",
+]
+
+_ROOMS = {
+    "Fit": "posterior",
+    "describe": "describe",
+    "fit": "fit",
+    "from_posterior": "from_posterior",
+    "log_likelihood": "predict",
+    "plate": "model",
+    "predict": "predict",
+    "to_zarr": "store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'xr_aimz' has no attribute {name!r}")
+    return getattr(import_module(f"xr_aimz.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

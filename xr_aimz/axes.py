@@ -1,0 +1,177 @@
+"""Which dimension each axis of a site is.
+
+A site's shape says how long its axes are, not what they are. The model is traced a
+second time on a *probe*: the same arrays with every observation dimension set to a
+length of its own. An axis that changes with a dimension is that dimension, whatever its
+place. What does not change is told by its plates: by name and size, else it is a
+dimension of its own, named after the plate; event axes by ``infer={"event_dims": ...}``.
+A model with sizes written into it cannot be probed; its axes are then matched by
+position against the outcome's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+
+from xr_aimz.binding import Binding
+from xr_aimz.model import Site
+
+__all__ = [
+    "TABLE",
+    "dims_in_dataset",
+    "probe_sizes",
+    "shape_in_dataset",
+    "shape_in_model",
+    "with_dims",
+]
+
+TABLE = "__table__"
+# Primes far from any likely size, so that no two dims, nor a dim and a fixed size, agree.
+_PRIMES = (101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179)
+
+
+def probe_sizes(binding: Binding, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of a probe: a length of its own for each observation dimension."""
+    free = [p for p in _PRIMES if p not in sizes.values()]
+    return {**sizes, **dict(zip(binding.dims, free, strict=False))}
+
+
+def with_dims(
+    sites: tuple[Site, ...],
+    probed: tuple[Site, ...] | None,
+    binding: Binding,
+    sizes: Mapping[str, int],
+) -> tuple[Site, ...]:
+    """The sites with their ``dims`` filled in, from a trace and (if any) its probe."""
+    lengths = _lengths(binding, sizes)
+    probe = {s.name: s for s in probed or ()}
+    probe_lengths = _lengths(binding, probe_sizes(binding, sizes))
+    around = {
+        (p.name, p.dim) for s in sites if s.kind == "observed" for p in s.plates
+    }
+    found = []
+    for site in sites:
+        moved = _moved(site, probe.get(site.name), lengths, probe_lengths)
+        found.append(replace(site, dims=_dims(site, moved, binding, sizes, lengths, around)))
+    return tuple(found)
+
+
+def _lengths(binding: Binding, sizes: Mapping[str, int]) -> dict[str, int]:
+    if binding.layout == "table":
+        return {TABLE: prod(sizes[d] for d in binding.dims)}
+    return {d: sizes[d] for d in binding.dims}
+
+
+def _moved(
+    site: Site, probe: Site | None, lengths: dict[str, int], probe_lengths: dict[str, int]
+) -> dict[int, str]:
+    """Axes whose length followed a dimension from the trace to the probe."""
+    if probe is None or len(probe.shape) != len(site.shape):
+        return {}
+    found = {}
+    for axis, pair in enumerate(zip(site.shape, probe.shape, strict=True)):
+        for dim, length in lengths.items():
+            if pair == (length, probe_lengths[dim]):
+                found[axis] = dim
+    return found
+
+
+def _dims(
+    site: Site,
+    moved: dict[int, str],
+    binding: Binding,
+    sizes: Mapping[str, int],
+    lengths: dict[str, int],
+    around: set[tuple[str, int]],
+) -> tuple[str | None, ...]:
+    observed = tuple(lengths)
+    batch = site.batch_ndim if site.kind != "deterministic" else _batch_ndim(site, lengths)
+    frames = {batch + p.dim: p for p in site.plates if batch + p.dim >= 0}
+    dims: list[str | None] = []
+    for axis, size in enumerate(site.shape):
+        place = axis - batch + len(observed)
+        positional = observed[place] if 0 <= place < len(observed) and axis < batch else None
+        frame = frames.get(axis)
+        if axis in moved:
+            dims.append(moved[axis])
+        elif axis >= batch:
+            dims.append(_event_dim(site, binding, axis - batch))
+        elif frame is not None and size == frame.size:
+            by_place = positional if (frame.name, frame.dim) in around else None
+            dims.append(_plate_dim(frame.name, size, by_place, lengths, sizes))
+        elif positional and size == lengths[positional] and site.kind != "latent":
+            dims.append(positional)
+        elif size == 1 and (site.plates or site.kind != "latent"):
+            dims.append(None)
+        else:
+            dims.append(f"{site.name}_dim_{axis}")
+    return _distinct(site, dims)
+
+
+def _batch_ndim(site: Site, lengths: Mapping[str, int]) -> int:
+    """How many leading axes of a deterministic broadcast against the outcome's batch."""
+    depth = max([len(lengths) if len(site.shape) >= len(lengths) else 0]
+                + [-p.dim for p in site.plates])
+    return min(depth, len(site.shape))
+
+
+def _plate_dim(
+    name: str, size: int, by_place: str | None, lengths: Mapping[str, int], sizes: Mapping[str, int]
+) -> str:
+    if by_place is not None and size == lengths[by_place]:
+        return by_place
+    return name
+
+
+def _event_dim(site: Site, binding: Binding, index: int) -> str:
+    if site.event_dims is not None and index < len(site.event_dims):
+        return site.event_dims[index]
+    if site.obs_argument is not None:
+        # A multivariate outcome has the names of its variable's own trailing dims.
+        source = binding.argument(site.obs_argument).sources[0]
+        trailing = [d for d in source.dims if d not in binding.dims]
+        if index < len(trailing):
+            return trailing[index]
+    return f"{site.name}_dim_{site.batch_ndim + index}"
+
+
+def _distinct(site: Site, dims: list[str | None]) -> tuple[str | None, ...]:
+    """Two axes of one site never bear the same name: the later one gets its own."""
+    seen: set[str] = set()
+    result: list[str | None] = []
+    for axis, dim in enumerate(dims):
+        name = f"{site.name}_dim_{axis}" if dim in seen else dim
+        result.append(name)
+        if name is not None:
+            seen.add(name)
+    return tuple(result)
+
+
+def dims_in_dataset(site: Site, binding: Binding) -> tuple[str, ...]:
+    """The dims of a site's array in a Dataset: broadcast axes gone, a table unfolded."""
+    spread = [binding.dims if d == TABLE else (d,) for d in site.dims if d is not None]
+    return tuple(d for dims in spread for d in dims)
+
+
+def shape_in_dataset(
+    dims: tuple[str | None, ...], binding: Binding, sizes: Mapping[str, int], shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The shape, in a Dataset, of a block's value with those dims and that shape."""
+    lengths: list[int] = []
+    for dim, length in zip(dims, shape, strict=True):
+        if dim == TABLE:
+            lengths.extend(sizes[d] for d in binding.dims)
+        elif dim is not None:
+            lengths.append(length)
+    return tuple(lengths)
+
+
+def shape_in_model(
+    site: Site, binding: Binding, sizes: Mapping[str, int]
+) -> tuple[int, ...]:
+    """The shape that the model gives a site, for one block: the way back."""
+    lengths = _lengths(binding, sizes)
+    fixed = zip(site.dims, site.shape, strict=True)
+    return tuple(1 if d is None else lengths.get(d, n) for d, n in fixed)

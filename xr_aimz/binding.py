@@ -1,0 +1,273 @@
+"""Which variable is which argument, and how its array reaches the model.
+
+A :class:`Binding` is made once, at the fit, from names: arguments are variables. It is
+then applied to any Dataset (:func:`xr_aimz.inputs.gather`), which checks that the Dataset is one that
+the fit could have seen, and to any block of arrays (:func:`arrange`), which lays them
+out against the outcome. It holds names, dims, labels and units, never the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from xr_aimz.errors import BindingError, DimensionError, MissingVariableError
+from xr_aimz.model import Block, Parameter
+
+__all__ = [
+    "FEATURE",
+    "LAYOUTS",
+    "Argument",
+    "Binding",
+    "Source",
+    "arrange",
+    "block_of",
+    "find",
+    "labels_of",
+    "observation_dims",
+    "resolve",
+]
+
+FEATURE = "feature"
+LAYOUTS = ("grid", "table")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One variable behind an argument, as the fit had it."""
+
+    name: str
+    dims: tuple[str, ...]
+    units: str | None = None
+    data: xr.DataArray | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A model's argument and the variables it is bound to.
+
+    ``stacked`` arguments have several, stacked on a last axis ``feature``.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    stacked: bool = False
+    outcome: bool = False
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How a model's arguments are made from a Dataset's variables.
+
+    Parameters
+    ----------
+    arguments : tuple of Argument
+        Those bound to variables.
+    constants : mapping
+        Those passed to the model as they are.
+    dims, core_dims : tuple of str
+        Observation dimensions, in the outcome's order; those never split.
+    layout : {"grid", "table"}
+    labels : mapping
+        The index of each dimension that is not an observation dimension: its order at
+        the fit is the order that the model knows.
+    """
+
+    arguments: tuple[Argument, ...]
+    constants: Mapping[str, Any]
+    dims: tuple[str, ...]
+    core_dims: tuple[str, ...] = ()
+    layout: str = "grid"
+    labels: Mapping[str, pd.Index] = field(default_factory=dict)
+
+    @property
+    def outcomes(self) -> tuple[Argument, ...]:
+        return tuple(a for a in self.arguments if a.outcome)
+
+    @property
+    def inputs(self) -> tuple[Argument, ...]:
+        return tuple(a for a in self.arguments if not a.outcome)
+
+    def argument(self, name: str) -> Argument:
+        return next(a for a in self.arguments if a.name == name)
+
+    def without_data(self) -> Binding:
+        """The same names without the DataArrays given at the fit: what a task needs."""
+        bare = tuple(
+            replace(a, sources=tuple(replace(s, data=None) for s in a.sources))
+            for a in self.arguments
+        )
+        return replace(self, arguments=bare)
+
+
+def find(ds: xr.Dataset, name: str, argument: str) -> xr.DataArray:
+    """A variable or coordinate by name, or an error that lists what there is."""
+    try:
+        # ds[...] and not ds.variables: "time.dayofyear" is a name that xarray knows.
+        return ds[name]
+    except KeyError:
+        there = sorted(map(str, [*ds.data_vars, *ds.coords]))
+        raise MissingVariableError(
+            f"argument {argument!r} is bound to {name!r}, and the Dataset has no such variable "
+            f"or coordinate; it has {there!r}. Rename one, or say variables={{{argument!r}: ...}}"
+        ) from None
+
+
+def resolve(
+    ds: xr.Dataset, parameters: tuple[Parameter, ...], variables: Mapping[str, Any] | None
+) -> tuple[tuple[Argument, ...], dict[str, Any]]:
+    """The bound arguments and the constants of a model, by the rules of names.
+
+    An argument in ``variables`` is bound as it says; any other to the variable of its own
+    name; one with a default needs neither.
+    """
+    variables = dict(variables or {})
+    unknown = [name for name in variables if name not in {p.name for p in parameters}]
+    if unknown:
+        raise BindingError(
+            f"variables={unknown!r}: the model has no such argument; "
+            f"it has {[p.name for p in parameters]!r}"
+        )
+    bound, constants, missing = [], {}, []
+    for parameter in parameters:
+        given = variables.get(parameter.name, parameter.name)
+        if parameter.name not in variables and not _has(ds, parameter.name):
+            if parameter.required:
+                missing.append(parameter.name)
+            continue
+        if _is_constant(given):
+            constants[parameter.name] = given
+        else:
+            bound.append(_bind(ds, parameter.name, given))
+    if missing:
+        there = sorted(map(str, [*ds.data_vars, *ds.coords]))
+        raise BindingError(
+            f"arguments {missing!r} of the model are bound to nothing: the Dataset has "
+            f"{there!r}. Say variables={{{missing[0]!r}: 'a name, a DataArray or a constant'}}"
+        )
+    return tuple(bound), constants
+
+
+def _has(ds: xr.Dataset, name: str) -> bool:
+    return name in ds.variables
+
+
+def _is_constant(given: Any) -> bool:
+    if isinstance(given, (str, xr.DataArray)):
+        return False
+    return not (isinstance(given, (list, tuple)) and any(isinstance(g, str) for g in given))
+
+
+def _bind(ds: xr.Dataset, argument: str, given: Any) -> Argument:
+    if isinstance(given, xr.DataArray):
+        return Argument(argument, (_source(argument, given, keep=True),))
+    if isinstance(given, str):
+        return Argument(argument, (_source(given, find(ds, given, argument)),))
+    strays = [g for g in given if not isinstance(g, str)]
+    if strays:
+        raise BindingError(
+            f"variables={{{argument!r}: ...}}: a list names variables; found {strays!r} in it"
+        )
+    sources = tuple(_source(name, find(ds, name, argument)) for name in given)
+    return Argument(argument, sources, stacked=True)
+
+
+def _source(name: str, array: xr.DataArray, *, keep: bool = False) -> Source:
+    units = array.attrs.get("units")
+    return Source(
+        name,
+        tuple(map(str, array.dims)),
+        None if units is None else str(units),
+        array if keep else None,
+    )
+
+
+def observation_dims(
+    ds: xr.Dataset, arguments: tuple[Argument, ...], dim: Any, event_ndim: int
+) -> tuple[str, ...]:
+    """The observation dimensions: ``dim``, or the outcome's less its event dimensions."""
+    if dim is not None:
+        dims = (dim,) if isinstance(dim, str) else tuple(dim)
+        known = {d for a in arguments for s in a.sources for d in s.dims} | set(map(str, ds.dims))
+        absent = [d for d in dims if d not in known]
+        if absent:
+            raise DimensionError(
+                f"dim={absent!r}: the Dataset has no such dimension; it has {sorted(known)!r}"
+            )
+        return dims
+    candidates = [a for a in arguments if a.outcome] or list(arguments)
+    if not candidates:
+        return tuple(map(str, ds.dims))
+    longest = max((s.dims for a in candidates for s in a.sources), key=len)
+    return longest[: len(longest) - event_ndim]
+
+
+def labels_of(
+    ds: xr.Dataset, arguments: tuple[Argument, ...], dims: tuple[str, ...]
+) -> dict[str, pd.Index]:
+    """The index of each dimension of the arguments that is not an observation dimension."""
+    found: dict[str, pd.Index] = {}
+    for argument in arguments:
+        for source in argument.sources:
+            array = source.data if source.data is not None else find(ds, source.name, argument.name)
+            found |= {str(d): i for d, i in array.indexes.items() if d not in dims}
+    return found
+
+
+def arrange(
+    binding: Binding, arrays: Mapping[str, Any], dims: Mapping[str, tuple[str, ...]], block: Block
+) -> dict[str, Any]:
+    """The model's keyword arguments for one block of arrays; traceable.
+
+    Parameters
+    ----------
+    binding : Binding
+    arrays : mapping of source name to array
+        Outcomes left out are left to their default, ``None``.
+    dims : mapping of source name to tuple of str
+        The dims of each array: observation dims first, in order.
+    block : Block
+    """
+    passed = dict(binding.constants)
+    for argument in binding.arguments:
+        names = [source.name for source in argument.sources]
+        if not all(name in arrays for name in names):
+            continue
+        place = _table if binding.layout == "table" else _grid
+        laid = [place(arrays[n], dims[n], binding.dims, block.sizes) for n in names]
+        if argument.stacked:
+            laid = [jnp.stack(jnp.broadcast_arrays(*laid), axis=-1)]
+        passed[argument.name] = laid[0]
+    return passed
+
+
+def _grid(array: Any, dims: tuple[str, ...], observation: tuple[str, ...], sizes: Any) -> Any:
+    if not set(dims) & set(observation):
+        return array
+    extra = tuple(n for d, n in zip(dims, array.shape, strict=True) if d not in observation)
+    shape = tuple(sizes[d] if d in dims else 1 for d in observation) + extra
+    return jnp.reshape(array, shape)
+
+
+def _table(array: Any, dims: tuple[str, ...], observation: tuple[str, ...], sizes: Any) -> Any:
+    if not set(dims) & set(observation):
+        return array
+    grid = _grid(array, dims, observation, sizes)
+    extra = tuple(grid.shape[len(observation) :])
+    whole = jnp.broadcast_to(grid, tuple(sizes[d] for d in observation) + extra)
+    rows = int(np.prod([sizes[d] for d in observation]))
+    return jnp.reshape(whole, (rows, *extra))
+
+
+def block_of(binding: Binding, sizes: Mapping[Hashable, int]) -> Block:
+    """The block of those sizes, with the batch axis of each observation dimension."""
+    rank = len(binding.dims)
+    table = binding.layout == "table"
+    places = {d: -1 if table else i - rank for i, d in enumerate(binding.dims)}
+    return Block({str(d): int(n) for d, n in sizes.items()}, places, table)

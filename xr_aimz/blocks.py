@@ -1,0 +1,227 @@
+"""One dask task a block: a lazy array for every site, and nothing computed.
+
+The graph has one task for each block of the Dataset and each run of draws. It calls one
+compiled program and gives a dict of arrays, from which each site's own dask array takes
+its block. Blocks at a ragged edge are padded to the size of the others, so that one
+program serves all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+
+from xr_aimz.axes import dims_in_dataset
+from xr_aimz.binding import block_of
+from xr_aimz.device import run, to_device_dtype
+from xr_aimz.inputs import Inputs
+from xr_aimz.kernel import Call, Program
+from xr_aimz.labels import label_words
+from xr_aimz.plan import Plan
+
+__all__ = ["Task", "lazy_sites"]
+
+Factory = Callable[[Program, Mapping[str, int]], Call]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What every task of a graph shares.
+
+    Parameters
+    ----------
+    name : str
+        The fingerprint under which the compiled program is kept.
+    factory : callable
+        Makes the kernel: :func:`xr_aimz.kernel.predictive` or ``log_likelihood``.
+    program : Program
+    seed : array of uint32 (2,)
+    params : mapping
+    padded : mapping of dim to int
+        The size to which a block is padded.
+    sizes : mapping of dim to int
+        Of the dimensions that are never cut.
+    """
+
+    name: str
+    factory: Factory
+    program: Program
+    seed: np.ndarray
+    params: Mapping[str, Any]
+    padded: Mapping[str, int]
+    sizes: Mapping[str, int]
+    operands: tuple[tuple[str, str, tuple[str, ...]], ...] = field(default=())
+
+
+def lazy_sites(
+    task: Task,
+    plan: Plan,
+    inputs: Inputs,
+    latents: Mapping[str, xr.DataArray],
+    words: Mapping[str, np.ndarray],
+    outputs: Mapping[str, tuple[tuple[str, ...], Any]],
+    token: str,
+) -> dict[str, da.Array]:
+    """A dask array for each site, dims ``(chain, draw, *dims)``.
+
+    Parameters
+    ----------
+    task : Task
+    plan : Plan
+    inputs : Inputs
+    latents : mapping of site to DataArray ``(chain, draw, ...)``
+    words : mapping of ``chain`` and ``draw`` to array of uint32 (n, 2)
+    outputs : mapping of site to (dims, struct)
+        ``struct`` has the shape of one draw of a whole padded block, and the dtype.
+    token : str
+        Names the graph: equal tokens, equal values.
+    """
+    chunks = {"chain": plan.chain, "draw": plan.draw, **plan.chunks}
+    operands = _operands(task, inputs, latents, words)
+    described = tuple((kind, name, dims) for kind, name, dims, _ in operands)
+    shared = _single(Task(**{**vars(task), "operands": described}), f"task-{token}")
+    pairs: list[Any] = [shared, ()]
+    for _, name, dims, array in operands:
+        lazy = _chunked(array, dims, chunks, f"{name}-{token}")
+        pairs += [lazy, tuple(chunks_index(d, chunks, name) for d in dims)]
+    index = ("chain", "draw", *plan.chunks)
+    blocks = da.blockwise(
+        _run_block, index, *pairs, name=f"aimz-block-{token}", concatenate=True, dtype=object,
+        meta=np.empty((0,) * len(index), dtype=object), align_arrays=False,
+    )
+    return {
+        site: _pick(blocks, index, site, dims, struct, f"aimz-{site}-{token}")
+        for site, (dims, struct) in outputs.items()
+    }
+
+
+def chunks_index(dim: str, chunks: Mapping[str, Any], name: str) -> str:
+    """The index of a dimension in the graph: its own, unless it belongs to one operand."""
+    return dim if dim in chunks else f"{name}:{dim}"
+
+
+def _operands(
+    task: Task,
+    inputs: Inputs,
+    latents: Mapping[str, xr.DataArray],
+    words: Mapping[str, np.ndarray],
+) -> list[tuple[str, str, tuple[str, ...], Any]]:
+    """(kind, name, dims, array) of everything that a block takes its own part of."""
+    found: list[tuple[str, str, tuple[str, ...], Any]] = [
+        ("words", d, (d, "word"), words[d]) for d in ("chain", "draw")
+    ]
+    for d in task.program.binding.dims:
+        hashed = label_words(d, inputs.labels.get(d), size=inputs.sizes[d])
+        found.append(("words", d, (d, "word"), hashed))
+    for name, array in inputs.arrays.items():
+        found.append(("array", name, tuple(map(str, array.dims)), array.data))
+    for name, latent in latents.items():
+        found.append(("latent", name, tuple(map(str, latent.dims)), latent.data))
+    return found
+
+
+def _single(value: Any, name: str) -> da.Array:
+    """A value as a dask array without dims: sent to a worker once, not with each task."""
+    graph = {(name,): _Held(value)}
+    return da.Array(graph, name, chunks=(), dtype=object, meta=np.empty((), dtype=object))
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    # dask takes a bare dataclass in a graph apart to look for keys in it.
+    value: Any
+
+
+def _chunked(
+    array: Any, dims: tuple[str, ...], chunks: Mapping[str, tuple[int, ...]], name: str
+) -> da.Array:
+    wanted = tuple(chunks.get(d, -1) for d in dims)
+    if isinstance(array, da.Array):
+        return array.rechunk(wanted)
+    return da.from_array(np.asarray(array), chunks=wanted, name=f"aimz-input-{name}")
+
+
+def _pick(
+    blocks: da.Array, index: tuple[str, ...], site: str, dims: tuple[str, ...], struct: Any, name: str
+) -> da.Array:
+    # What does not vary along a dimension is the same in each of its blocks: the first.
+    here = tuple(slice(None) if d in ("chain", "draw", *dims) else slice(0, 1) for d in index)
+    lengths = dict(zip(dims, struct.shape, strict=True))
+    return da.blockwise(
+        _take, ("chain", "draw", *dims), blocks.blocks[here], index, site=site, name=name,
+        new_axes={d: n for d, n in lengths.items() if d not in index}, concatenate=None,
+        dtype=struct.dtype, meta=np.empty((0,) * (2 + len(dims)), struct.dtype),
+        align_arrays=False,
+    )
+
+
+def _take(block: Any, site: str) -> np.ndarray:
+    # A contracted index arrives as a list of its blocks; there is one.
+    while isinstance(block, list):
+        block = block[0]
+    return block[site]
+
+
+def _run_block(held: Any, *blocks: np.ndarray) -> dict[str, np.ndarray]:
+    """The task: pad, run the compiled program over the draws, cut back."""
+    task = held.value if isinstance(held, _Held) else held.item().value
+    binding = task.program.binding
+    parts: dict[str, dict[str, np.ndarray]] = {"words": {}, "array": {}, "latent": {}}
+    dims_of: dict[str, tuple[str, ...]] = {}
+    for (kind, name, dims), block in zip(task.operands, blocks, strict=True):
+        value = block if kind == "words" else to_device_dtype(name, block)
+        parts[kind][name] = _padded(value, dims, task.padded)
+        dims_of[name] = dims
+    lengths = {d: len(b) for (kind, d, _), b in zip(task.operands, blocks, strict=True)
+               if kind == "words"}
+    sizes = {**task.sizes, **task.padded}
+    shape = (lengths["chain"], lengths["draw"])
+    outputs = run(
+        task.name,
+        lambda: task.factory(task.program, sizes),
+        block_of(binding, sizes),
+        _over_draws(parts, shape),
+        {
+            "seed": task.seed,
+            "arrays": parts["array"],
+            "words": {d: parts["words"][d] for d in binding.dims},
+            "params": task.params,
+        },
+    )
+    return {
+        site: _cut(value, dims_in_dataset(task.program.sites[site], binding), lengths, shape)
+        for site, value in outputs.items()
+    }
+
+
+def _over_draws(parts: Mapping[str, Mapping[str, np.ndarray]], shape: tuple[int, int]) -> dict:
+    chain, draw = parts["words"]["chain"], parts["words"]["draw"]
+    count = shape[0] * shape[1]
+    return {
+        "chain": np.repeat(chain, shape[1], axis=0),
+        "draw": np.tile(draw, (shape[0], 1)),
+        "latents": {n: v.reshape(count, *v.shape[2:]) for n, v in parts["latent"].items()},
+    }
+
+
+def _padded(
+    block: np.ndarray, dims: tuple[str, ...], padded: Mapping[str, int]
+) -> np.ndarray:
+    spare = [padded.get(d, n) - n for d, n in zip(dims, block.shape, strict=True)]
+    if not any(spare):
+        return block
+    # The last value again: a value of the data's own, so the model meets nothing new.
+    return np.pad(block, [(0, n) for n in spare], mode="edge")
+
+
+def _cut(
+    value: np.ndarray, dims: tuple[str, ...], lengths: Mapping[str, int], shape: tuple[int, int]
+) -> np.ndarray:
+    whole = value.reshape(*shape, *value.shape[1:])
+    kept = tuple(slice(0, lengths.get(d)) for d in dims[: whole.ndim - 2])
+    return whole[(slice(None), slice(None), *kept)]

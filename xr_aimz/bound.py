@@ -1,0 +1,220 @@
+"""A model bound to a Dataset: arguments found, sites traced, their axes named.
+
+The order matters and is this room's one idea: names give the arguments; a trace shows
+which of them are observed and how many event dimensions the outcome has; those fix the
+observation dimensions, and with them the layout that the trace itself used. So bindings
+are tried, fewest event dimensions first, until one agrees with its own trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import xarray as xr
+
+from xr_aimz.axes import probe_sizes, with_dims
+from xr_aimz.binding import (
+    LAYOUTS,
+    Argument,
+    Binding,
+    arrange,
+    block_of,
+    labels_of,
+    observation_dims,
+    resolve,
+)
+from xr_aimz.device import device_dtype
+from xr_aimz.errors import BindingError, DimensionError, ModelError
+from xr_aimz.inputs import Inputs, gather
+from xr_aimz.model import Parameter, Site, observed_through, parameters, trace_sites
+
+__all__ = ["Bound", "bind"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A model, a Dataset, and what each is to the other."""
+
+    model: Callable
+    binding: Binding
+    inputs: Inputs
+    sites: Mapping[str, Site]
+
+
+def bind(
+    ds: xr.Dataset,
+    model: Callable,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    dim: Any = None,
+    core_dim: Any = None,
+    layout: str = "grid",
+    known: Collection[str] | None = None,
+) -> Bound:
+    """Bind a model's arguments to a Dataset's variables and trace it on their shapes.
+
+    Parameters
+    ----------
+    ds : Dataset
+    model : callable
+    variables, dim, core_dim, layout
+        As in :func:`xr_aimz.fit`.
+    known : collection of str, optional
+        Sites whose draws are at hand; with it, an outcome need not be in the Dataset:
+        latent sites that are not known are taken for outcomes.
+
+    Raises
+    ------
+    BindingError, MissingVariableError, DimensionError, ModelError
+    """
+    if layout not in LAYOUTS:
+        raise BindingError(f"layout={layout!r}: there are {LAYOUTS!r}")
+    signature = parameters(model)
+    arguments, constants = resolve(ds, signature, variables)
+    optional = {p.name for p in signature if not p.required and p.default is None}
+    marked = tuple(replace(a, outcome=a.name in optional) for a in arguments)
+    core = (core_dim,) if isinstance(core_dim, str) else tuple(core_dim or ())
+    make = partial(_binding, ds, constants=constants, dim=dim, core=core, layout=layout)
+    bound = _settle(ds, model, marked, make, dim)
+    observed = [s for s in bound.sites.values() if s.kind == "observed"]
+    if known is None:
+        _check_observed(bound, signature, observed)
+    else:
+        bound = _with_unknowns(bound, known)
+    return _named(bound)
+
+
+def _binding(
+    ds: xr.Dataset,
+    arguments: tuple[Argument, ...],
+    event_ndim: int,
+    *,
+    constants: dict[str, Any],
+    dim: Any,
+    core: tuple[str, ...],
+    layout: str,
+) -> Binding:
+    dims = observation_dims(ds, arguments, dim, event_ndim)
+    strangers = [d for d in core if d not in dims]
+    if strangers:
+        raise DimensionError(
+            f"core_dim={strangers!r} is not among the observation dimensions {dims!r}"
+        )
+    return Binding(arguments, constants, dims, core, layout, labels_of(ds, arguments, dims))
+
+
+def _settle(
+    ds: xr.Dataset,
+    model: Callable,
+    arguments: tuple[Argument, ...],
+    make: Callable[[tuple[Argument, ...], int], Binding],
+    dim: Any,
+) -> Bound:
+    """The first binding, by number of event dimensions, that its own trace agrees with."""
+    outcomes = [a for a in arguments if a.outcome]
+    most = max((len(s.dims) for a in outcomes for s in a.sources), default=0)
+    first_error: Exception | None = None
+    for event_ndim in range(1 if dim is not None else most + 1):
+        binding = make(arguments, event_ndim)
+        inputs = gather(binding, ds, outcomes=True)
+        try:
+            bound, reached = _traced(model, binding, inputs)
+        except Exception as error:
+            # The model's own error; another number of event dims may suit it better.
+            first_error = first_error or error
+            continue
+        flagged = tuple(replace(a, outcome=a.outcome and a.name in reached) for a in arguments)
+        if flagged != arguments:
+            return _settle(ds, model, flagged, make, dim)
+        if dim is not None or _agrees(bound, event_ndim):
+            return bound
+    if first_error is not None:
+        raise first_error
+    raise ModelError(
+        "no number of event dimensions of the outcome agrees with its site's distribution; "
+        "say which dims are observations: dim=(...)"
+    )
+
+
+def _traced(model: Callable, binding: Binding, inputs: Inputs) -> tuple[Bound, set[str]]:
+    """The bound model, and the names of the arguments that reach an observed value."""
+    block = block_of(binding, inputs.sizes)
+    arranged = partial(arrange, binding, dims=inputs.dims, block=block)
+    structs = _structs(inputs, inputs.sizes)
+    sites = {s.name: s for s in trace_sites(model, arranged, structs, block)}
+    through = observed_through(model, arranged, structs, block) if structs else {}
+    owner = {s.name: a.name for a in binding.arguments for s in a.sources}
+    reached: set[str] = set()
+    for name, sources in through.items():
+        names = {owner[source] for source in sources}
+        outcomes = [a.name for a in binding.outcomes if a.name in names]
+        reached |= names
+        # A scan hands its body slices, so identity cannot tell; what reaches it can.
+        if sites[name].scanned and len(outcomes) == 1:
+            sites[name] = replace(sites[name], obs_argument=outcomes[0])
+    return Bound(model, binding, inputs, sites), reached
+
+
+def _structs(inputs: Inputs, sizes: Mapping[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct(tuple(sizes[str(d)] for d in a.dims), device_dtype(a.dtype))
+        for name, a in inputs.arrays.items()
+    }
+
+
+def _agrees(bound: Bound, event_ndim: int) -> bool:
+    outcomes = {a.name: a for a in bound.binding.outcomes}
+    found = [
+        (len(outcomes[s.obs_argument].sources[0].dims), s.event_ndim)
+        for s in bound.sites.values()
+        if s.obs_argument in outcomes
+    ]
+    return max(found)[1] == event_ndim if found else True
+
+
+def _check_observed(
+    bound: Bound, signature: tuple[Parameter, ...], observed: list[Site]
+) -> None:
+    model = getattr(bound.model, "__name__", repr(bound.model))
+    if not observed:
+        absent = [p.name for p in signature if p.name not in _bound_names(bound)]
+        raise ModelError(
+            f"{model} observes nothing: no site had obs=. Arguments {absent!r} were left to "
+            "their defaults; bind the outcome, variables={'y': 'tas'}, and pass it as obs=y"
+        )
+    if not bound.binding.outcomes:
+        raise ModelError(
+            f"{model} has observed sites {[s.name for s in observed]!r} but no outcome: an "
+            "outcome is an argument whose default is None, def model(X, y=None), so that a "
+            "prediction can leave it out"
+        )
+
+
+def _bound_names(bound: Bound) -> set[str]:
+    return {a.name for a in bound.binding.arguments} | set(bound.binding.constants)
+
+
+def _with_unknowns(bound: Bound, known: Collection[str]) -> Bound:
+    sites = {
+        name: replace(s, kind="observed") if s.kind == "latent" and name not in known else s
+        for name, s in bound.sites.items()
+    }
+    return replace(bound, sites=sites)
+
+
+def _named(bound: Bound) -> Bound:
+    """The sites with their dims, from a second trace on a probe where the model allows one."""
+    binding, sizes = bound.binding, probe_sizes(bound.binding, bound.inputs.sizes)
+    block = block_of(binding, sizes)
+    arranged = partial(arrange, binding, dims=bound.inputs.dims, block=block)
+    try:
+        probed = trace_sites(bound.model, arranged, _structs(bound.inputs, sizes), block)
+    except Exception:
+        # Sizes are written into the model: its axes are matched by position instead.
+        probed = None
+    sites = with_dims(tuple(bound.sites.values()), probed, binding, bound.inputs.sizes)
+    return replace(bound, sites={s.name: s for s in sites})

@@ -1,0 +1,159 @@
+"""A model on a Dataset, as a table: what is bound to what, and what comes out.
+
+The same facts as text and as HTML; nothing is computed to find them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from xr_aimz.axes import dims_in_dataset
+from xr_aimz.bound import Bound, bind
+from xr_aimz.inputs import gather
+from xr_aimz.labelling import result_name
+from xr_aimz.posterior import Fit
+
+__all__ = ["Description", "describe"]
+
+Rows = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Description:
+    """Tables about a model and a Dataset; prints as text, shows as HTML in a notebook.
+
+    ``tables`` maps a title to a header and rows of strings.
+    """
+
+    title: str
+    tables: Mapping[str, tuple[Sequence[str], Rows]]
+
+    def __repr__(self) -> str:
+        parts = [self.title]
+        for name, (header, rows) in self.tables.items():
+            parts += ["", name, *_aligned([header, *rows])]
+        return "\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        parts = [f"<b>{escape(self.title)}</b>"]
+        for name, (header, rows) in self.tables.items():
+            head = "".join(f"<th style='text-align:left'>{escape(h)}</th>" for h in header)
+            body = "".join(
+                "<tr>" + "".join(f"<td style='text-align:left'>{escape(c)}</td>" for c in row) + "</tr>"
+                for row in rows
+            )
+            parts.append(
+                f"<p><i>{escape(name)}</i></p>"
+                f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+            )
+        return "<div>" + "".join(parts) + "</div>"
+
+
+def describe(
+    ds: xr.Dataset,
+    model_or_fit: Callable | Fit,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    dim: str | tuple[str, ...] | None = None,
+    core_dim: str | tuple[str, ...] | None = None,
+    layout: str = "grid",
+) -> Description:
+    """What a model's arguments, sites and dimensions are on this Dataset.
+
+    Parameters
+    ----------
+    ds : Dataset
+    model_or_fit : callable or Fit
+    variables, dim, core_dim, layout
+        As in :func:`xr_aimz.fit`; a Fit has its own.
+
+    Returns
+    -------
+    Description
+        Arguments with their variables, dims, dtype and units; dimensions with size, role
+        and chunks; sites with distribution, plates, dims and bytes a draw. Nothing is
+        computed.
+
+    Examples
+    --------
+    >>> ds.aimz.describe(model)  # doctest: +SKIP
+    """
+    if isinstance(model_or_fit, Fit):
+        fit = model_or_fit
+        inputs = gather(fit.binding, ds, outcomes=False)
+        bound = Bound(fit.model, fit.binding, inputs, fit.sites)
+    else:
+        bound = bind(ds, model_or_fit, variables, dim=dim, core_dim=core_dim, layout=layout)
+    name = getattr(bound.model, "__name__", repr(bound.model))
+    return Description(
+        f"{name} on a Dataset with dims {dict(ds.sizes)!r}, layout {bound.binding.layout!r}",
+        {"arguments": _arguments(bound), "dimensions": _dimensions(bound), "sites": _sites(bound)},
+    )
+
+
+def _arguments(bound: Bound) -> tuple[Sequence[str], Rows]:
+    header = ("argument", "is", "bound to", "dims", "dtype", "units")
+    rows = []
+    for argument in bound.binding.arguments:
+        role = "outcome" if argument.outcome else "input"
+        for source in argument.sources:
+            array = bound.inputs.arrays.get(source.name)
+            dtype = "" if array is None else str(array.dtype)
+            dims = ", ".join(source.dims)
+            rows.append((argument.name, role, source.name, dims, dtype, source.units or ""))
+    for name, value in bound.binding.constants.items():
+        rows.append((name, "constant", repr(value), "", type(value).__name__, ""))
+    return header, rows
+
+
+def _dimensions(bound: Bound) -> tuple[Sequence[str], Rows]:
+    header = ("dimension", "size", "role", "chunks")
+    rows = []
+    for dim, size in bound.inputs.sizes.items():
+        role = "observation" if dim in bound.binding.dims else "event or extra"
+        role = "core" if dim in bound.binding.core_dims else role
+        chunks = bound.inputs.chunks.get(dim)
+        rows.append((dim, str(size), role, "whole" if chunks is None else repr(chunks)))
+    return header, rows
+
+
+def _sites(bound: Bound) -> tuple[Sequence[str], Rows]:
+    header = ("site", "is", "distribution", "plates", "dims", "bytes a draw")
+    rows = []
+    for site in bound.sites.values():
+        kind = {"observed": f"outcome {result_name(bound.binding, site)}"}.get(site.kind, site.kind)
+        dims = dims_in_dataset(site, bound.binding)
+        local = site.kind == "latent" and set(dims) & set(bound.binding.dims)
+        size = "" if site.dtype is None else _bytes(int(np.prod(site.shape)) * site.dtype.itemsize)
+        rows.append((
+            site.name,
+            f"{kind}, local" if local else kind,
+            site.distribution,
+            ", ".join(p.name for p in site.plates),
+            ", ".join(dims),
+            size,
+        ))
+    return header, rows
+
+
+def _bytes(count: int) -> str:
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024 or unit == "GiB":
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    raise AssertionError("unreachable")
+
+
+def _aligned(rows: Rows) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,161 @@
+"""Compile a kernel once for a block's shape, and run it over draws on every device.
+
+Draws are independent given their labels, so they are what is shared out: each device
+takes its part of the draws of a block and maps the kernel over them. Compiled programs
+are kept by what they were made from, once per process; a task only ever calls one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import cloudpickle
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from xr_aimz.errors import DtypeError
+from xr_aimz.kernel import Call
+from xr_aimz.model import Block, tracing
+
+__all__ = ["fingerprint", "output_shapes", "run", "to_device_dtype"]
+
+_compiled: dict[Any, Any] = {}
+# How many elements one step of the map over draws should have: measured on two cores, see
+# docs/decisions. Fewer leave XLA's threads idle, more do not fit the cache.
+_STEP_ELEMENTS = 2**18
+_STEP_DRAWS = 16
+
+
+def fingerprint(*parts: Any) -> str:
+    """A name for what a program was made from: equal parts, equal name.
+
+    Functions of importable modules are pickled by reference, so their code goes in too:
+    a reloaded module is another model.
+    """
+    codes = [_code(part) for part in parts]
+    return hashlib.sha256(cloudpickle.dumps((parts, codes))).hexdigest()
+
+
+def _code(part: Any) -> Any:
+    code = getattr(part, "__code__", None)
+    return None if code is None else (code.co_code, repr(code.co_consts), code.co_names)
+
+
+def to_device_dtype(name: str, values: np.ndarray) -> np.ndarray:
+    """Host values in the dtype that JAX has for them: its own float; ints and bools kept."""
+    dtype = device_dtype(values.dtype)
+    if values.dtype.kind in "iu" and dtype.itemsize < values.dtype.itemsize and values.size:
+        limits = np.iinfo(dtype)
+        low, high = values.min(), values.max()
+        if low < limits.min or high > limits.max:
+            raise DtypeError(
+                f"variable {name!r} has {values.dtype} values from {low!r} to {high!r}, and JAX "
+                f"holds {dtype}; make it a float, or set JAX_ENABLE_X64"
+            )
+    return np.asarray(values, dtype)
+
+
+def device_dtype(dtype: np.dtype) -> np.dtype:
+    """JAX's dtype for a dtype of the host."""
+    if dtype.kind == "f":
+        return np.dtype(jax.dtypes.canonicalize_dtype(float))
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+
+
+def output_shapes(call: Call, block: Block, draw: Any, shared: Any) -> dict[str, Any]:
+    """Shape and dtype of each output for one draw: nothing is computed."""
+    with tracing(block):
+        return jax.eval_shape(call, draw, shared)
+
+
+def run(
+    name: str, make_call: Callable[[], Call], block: Block, draws: Any, shared: Any
+) -> dict[str, np.ndarray]:
+    """Map a kernel over the leading axis of ``draws``, on all local devices.
+
+    Parameters
+    ----------
+    name : str
+        The :func:`fingerprint` of the program behind ``make_call``.
+    make_call : callable
+        Makes the kernel; called only when there is something to compile.
+    block : Block
+    draws, shared : pytree of numpy arrays
+        What changes from draw to draw, and what does not.
+
+    Returns
+    -------
+    dict of numpy.ndarray
+        With the draws as their leading axis.
+    """
+    devices = jax.local_devices()
+    count = len(jax.tree.leaves(draws)[0])
+    spare = -count % len(devices)
+    draws = jax.tree.map(lambda x: _padded(x, spare), draws)
+    key = (name, _signature(block), len(devices), _avals(draws), _avals(shared))
+    program = _compiled.get(key)
+    if program is None:
+        program = _compile(key, make_call, block, draws, shared, devices)
+    outputs = program(draws, shared)
+    return {site: np.asarray(value)[:count] for site, value in outputs.items()}
+
+
+def _compile(
+    key: Any, make_call: Callable[[], Call], block: Block, draws: Any, shared: Any, devices: list
+) -> Any:
+    with tracing(block):
+        # Another thread may have compiled it while this one waited for the lock.
+        if key not in _compiled:
+            mapped = _over_draws(make_call(), draws, shared, devices)
+            _compiled[key] = jax.jit(mapped).lower(_structs(draws), _structs(shared)).compile()
+        return _compiled[key]
+
+
+def _over_draws(call: Call, draws: Any, shared: Any, devices: list) -> Callable:
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), draws)
+    outputs = jax.eval_shape(call, one, shared)
+    elements = max([prod(o.shape) for o in jax.tree.leaves(outputs)] + [1])
+    count = len(jax.tree.leaves(draws)[0]) // len(devices)
+    step = _step(count, elements)
+
+    def mapped(draws: Any, shared: Any) -> Any:
+        return jax.lax.map(lambda draw: call(draw, shared), draws, batch_size=step)
+
+    if len(devices) == 1:
+        return mapped
+    mesh = Mesh(np.array(devices), ("draw",))
+    spread, whole = PartitionSpec("draw"), PartitionSpec()
+    return jax.shard_map(
+        mapped, mesh=mesh, in_specs=(spread, whole), out_specs=spread, check_vma=False
+    )
+
+
+def _step(count: int, elements: int) -> int:
+    """Draws in one step of the map: if it can be, a divisor, so that no rest is compiled."""
+    # lax.map without a batch size runs on one core from jax 0.12 on.
+    most = min(max(_STEP_DRAWS, _STEP_ELEMENTS // elements), count)
+    divisor = max(n for n in range(1, most + 1) if count % n == 0)
+    return divisor if 2 * divisor >= most else most
+
+
+def _padded(x: np.ndarray, spare: int) -> np.ndarray:
+    return np.concatenate([x, np.repeat(x[-1:], spare, axis=0)]) if spare else x
+
+
+def _structs(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)
+
+
+def _avals(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((np.shape(x), str(x.dtype)) for x in leaves)
+
+
+def _signature(block: Block) -> Any:
+    return tuple(sorted(block.sizes.items())), tuple(sorted(block.places.items())), block.table
+
+

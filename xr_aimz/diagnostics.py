@@ -1,0 +1,145 @@
+"""Whether a fit should be trusted: R-hat, effective sample sizes, divergences, losses.
+
+R-hat and both effective sample sizes are the rank-normalized ones that ArviZ reports,
+on split chains; the autocorrelation beneath them is NumPyro's.
+
+References
+----------
+Vehtari, Gelman, Simpson, Carpenter and Bürkner (2021), Rank-normalization, folding, and
+localization: an improved R-hat, Bayesian Analysis 16 (2).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from numpyro.diagnostics import effective_sample_size, gelman_rubin
+from scipy.special import ndtri
+from scipy.stats import rankdata
+
+__all__ = ["concerns", "ess_bulk", "ess_tail", "rhat", "summarize"]
+
+RHAT_LIMIT = 1.01
+ESS_PER_CHAIN = 100
+# A loss is still falling when its last tenth lies this many standard errors below the
+# tenth before it: a guess, tested on converged and unconverged fits.
+FALLING_ERRORS = 4.0
+
+
+def rhat(x: np.ndarray) -> np.ndarray:
+    """Rank-normalized split R-hat of draws ``(chain, draw, ...)``: the worse of bulk and tail."""
+    halves = _split(x)
+    folded = np.abs(halves - np.median(halves, axis=(0, 1)))
+    return np.maximum(gelman_rubin(_rank_normal(halves)), gelman_rubin(_rank_normal(folded)))
+
+
+def ess_bulk(x: np.ndarray) -> np.ndarray:
+    """Effective sample size of the center of draws ``(chain, draw, ...)``."""
+    return _ess(_rank_normal(_split(x)))
+
+
+def ess_tail(x: np.ndarray) -> np.ndarray:
+    """Effective sample size of the 5 % and 95 % quantiles, the smaller of the two."""
+    halves = _split(x)
+    low, high = np.quantile(halves, (0.05, 0.95), axis=(0, 1))
+    return np.minimum(*(_ess((halves <= edge).astype(float)) for edge in (low, high)))
+
+
+def summarize(posterior: xr.Dataset) -> xr.Dataset:
+    """R-hat and effective sample sizes of every variable of a posterior.
+
+    Returns
+    -------
+    Dataset
+        With the posterior's dims less ``chain`` and ``draw``, and a dimension
+        ``diagnostic`` of ``rhat``, ``ess_bulk`` and ``ess_tail``. A variable that never
+        moves, or a single chain for R-hat, gives NaN.
+    """
+    found = {name: _summarize(a) for name, a in posterior.items() if a.dtype.kind in "fiub"}
+    return xr.Dataset(found)
+
+
+def _summarize(array: xr.DataArray) -> xr.DataArray:
+    ordered = array.transpose("chain", "draw", ...)
+    x = ordered.values.astype(float)
+    template = ordered.isel(chain=0, draw=0, drop=True)
+    enough = x.shape[1] >= 4
+    with np.errstate(all="ignore"):
+        values = [f(x) if enough else np.full(template.shape, np.nan) for f in _MEASURES.values()]
+    if len(ordered.chain) == 1:
+        values[0] = np.full(template.shape, np.nan)
+    parts = [template.copy(data=value).astype(float) for value in values]
+    labels = xr.Variable("diagnostic", list(_MEASURES))
+    return xr.concat(parts, dim=labels).rename(None)
+
+
+def concerns(
+    posterior: xr.Dataset, sample_stats: xr.Dataset, losses: xr.DataArray | None
+) -> list[str]:
+    """What speaks against a fit, in sentences with figures; empty when nothing does."""
+    found = []
+    if "diverging" in sample_stats and (count := int(sample_stats.diverging.sum())):
+        found.append(
+            f"{count} of {sample_stats.diverging.size} draws diverged: raise "
+            "target_accept_prob, or reparameterize"
+        )
+    if losses is not None:
+        found += _loss_concerns(losses.values)
+    elif posterior.sizes.get("chain", 0):
+        found += _chain_concerns(summarize(posterior), posterior.sizes["chain"])
+    return found
+
+
+def _chain_concerns(table: xr.Dataset, chains: int) -> list[str]:
+    found = []
+    worst = {name: float(a.sel(diagnostic="rhat").max()) for name, a in table.items()}
+    high = {name: round(r, 3) for name, r in worst.items() if r > RHAT_LIMIT}
+    if high:
+        found.append(f"R-hat above {RHAT_LIMIT}: {high!r}; run longer chains")
+    for kind in ("ess_bulk", "ess_tail"):
+        least = {name: float(a.sel(diagnostic=kind).min()) for name, a in table.items()}
+        low = {name: round(n) for name, n in least.items() if n < ESS_PER_CHAIN * chains}
+        if low:
+            found.append(
+                f"{kind} below {ESS_PER_CHAIN} a chain ({chains} chains): {low!r}; draw more"
+            )
+    return found
+
+
+def _loss_concerns(losses: np.ndarray) -> list[str]:
+    bad = int(np.sum(~np.isfinite(losses)))
+    if bad:
+        return [f"{bad} of {len(losses)} losses are not finite: lower the learning rate"]
+    tenth = max(len(losses) // 10, 1)
+    last, before = losses[-tenth:], losses[-2 * tenth : -tenth]
+    if len(before) < 2:
+        return []
+    error = np.sqrt(last.var() / len(last) + before.var() / len(before))
+    drop = before.mean() - last.mean()
+    if drop > FALLING_ERRORS * error:
+        return [
+            f"the loss is still falling: {before.mean():.6g}, then {last.mean():.6g} over the "
+            f"last two tenths of {len(losses)} steps; take more"
+        ]
+    return []
+
+
+def _split(x: np.ndarray) -> np.ndarray:
+    half = x.shape[1] // 2
+    return np.concatenate([x[:, :half], x[:, -half:]])
+
+
+def _rank_normal(x: np.ndarray) -> np.ndarray:
+    flat = x.reshape(x.shape[0] * x.shape[1], -1)
+    ranks = rankdata(flat, axis=0)
+    return ndtri((ranks - 0.375) / (len(flat) + 0.25)).reshape(x.shape)
+
+
+def _ess(x: np.ndarray) -> np.ndarray:
+    # Antithetic chains can estimate more draws than there are many times over: Stan and
+    # ArviZ bound the estimate so.
+    count = x.shape[0] * x.shape[1]
+    return np.minimum(effective_sample_size(x), count * np.log10(count))
+
+
+_MEASURES = {"rhat": rhat, "ess_bulk": ess_bulk, "ess_tail": ess_tail}

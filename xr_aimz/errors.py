@@ -1,0 +1,78 @@
+"""The errors of xr_aimz, one class for each thing the caller would do about it.
+
+Every class is also a standard one (``ValueError``, ``KeyError`` ...), so code that
+knows nothing of this package can catch it. A message names what does not hold, what
+was found and what would work.
+"""
+
+__all__ = [
+    "AimzError",
+    "BindingError",
+    "ChunkError",
+    "ConvergenceWarning",
+    "DimensionError",
+    "DtypeError",
+    "LabelError",
+    "MissingVariableError",
+    "ModelError",
+    "OptionError",
+    "RandomnessError",
+    "StoreError",
+    "UnitsError",
+]
+
+
+class AimzError(Exception):
+    """Anything that xr_aimz refuses."""
+
+
+class MissingVariableError(AimzError, KeyError):
+    """A name is not in the Dataset: add or rename the variable."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, which would quote a whole sentence.
+        return str(self.args[0]) if self.args else ""
+
+
+class BindingError(AimzError, ValueError):
+    """An argument and a variable do not fit together: change ``variables=``."""
+
+
+class DimensionError(AimzError, ValueError):
+    """A dimension is missing, empty or unknown: change the Dataset's dimensions."""
+
+
+class LabelError(AimzError, ValueError):
+    """Labels are duplicated, missing or unusable: change the coordinate."""
+
+
+class ChunkError(AimzError, ValueError):
+    """A dimension is chunked where it must be whole: rechunk the Dataset."""
+
+
+class UnitsError(AimzError, ValueError):
+    """Units differ from those of the fit: convert the variable."""
+
+
+class DtypeError(AimzError, TypeError):
+    """A variable's dtype has no place in a model: convert the variable."""
+
+
+class ModelError(AimzError, ValueError):
+    """The model itself cannot be used like this: change the model."""
+
+
+class OptionError(AimzError, TypeError):
+    """An option does not exist, or is not one that this method takes: change the call."""
+
+
+class RandomnessError(AimzError, NotImplementedError):
+    """A site cannot be drawn by label: change its distribution."""
+
+
+class StoreError(AimzError, FileExistsError):
+    """The store cannot be written as asked: choose another path or mode."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A fit's own diagnostics say that it should not be trusted."""

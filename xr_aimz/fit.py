@@ -1,0 +1,232 @@
+"""A Dataset and a model become a Fit.
+
+Binding, loading, inference and labels, in that order; what could be wrong is found
+before the first array is loaded.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from xr_aimz import diagnostics, keys
+from xr_aimz.axes import dims_in_dataset
+from xr_aimz.binding import Binding, arrange, block_of
+from xr_aimz.bound import Bound, bind
+from xr_aimz.device import fingerprint, run, to_device_dtype
+from xr_aimz.errors import BindingError, ConvergenceWarning
+from xr_aimz.infer.methods import inference
+from xr_aimz.infer.problem import Draws, Problem
+from xr_aimz.inputs import Inputs
+from xr_aimz.kernel import Program, predictive
+from xr_aimz.labelling import label
+from xr_aimz.labels import label_words
+from xr_aimz.model import Site
+from xr_aimz.options import shows_progress
+from xr_aimz.posterior import Fit
+
+__all__ = ["assemble", "fit"]
+
+
+def fit(
+    ds: xr.Dataset,
+    model: Callable,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    dim: str | tuple[str, ...] | None = None,
+    core_dim: str | tuple[str, ...] | None = None,
+    layout: str = "grid",
+    method: Any = "nuts",
+    draws: int | None = None,
+    chains: int | None = None,
+    warmup: int | None = None,
+    steps: int | None = None,
+    optimizer: Any = None,
+    init: Any = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Fit:
+    """Fit a NumPyro model to a Dataset: its arguments are the Dataset's own variables.
+
+    Parameters
+    ----------
+    ds : Dataset
+        Numpy- or dask-backed; the variables that the model takes are loaded.
+    model : callable
+        A plain NumPyro model. An argument whose default is ``None`` and that a site
+        observes is an outcome.
+    variables : mapping, optional
+        For an argument: the name of a variable or coordinate, a list of names (stacked
+        on a last axis ``feature``), a DataArray, or a constant, passed as it is. An
+        argument left out is bound to the variable of its own name.
+    dim : str or tuple of str, optional
+        The observation dimensions. By default the outcome's, less those that the
+        observed site takes as its event.
+    core_dim : str or tuple of str, optional
+        Observation dimensions that the model couples (a lag, a scan): never split.
+    layout : {"grid", "table"}
+        ``"grid"`` hands over arrays that broadcast against the outcome; ``"table"``
+        flattens the observation dims to one leading axis.
+    method : optional
+        ``"nuts"`` (default), ``"svi"``, or NumPyro's own: a kernel such as
+        ``NUTS(model, target_accept_prob=0.95)``, an ``MCMC``, an ``SVI``, an autoguide
+        class or instance.
+    draws : int, default 1000
+        Draws a chain (MCMC), or of the guide (SVI), which come as one chain.
+    chains, warmup : int, default 4 and 1000
+        For MCMC. Chains run in parallel over devices where there are enough, else
+        vectorized on one.
+    steps : int, default 5000
+        For SVI.
+    optimizer : optional
+        For SVI: an optimizer of NumPyro or optax, or a learning rate for Adam (0.01).
+    init : optional
+        Values by site, or a strategy such as ``numpyro.infer.init_to_median``.
+    seed : int
+    progress : bool, optional
+        By default as :class:`xr_aimz.set_options` says.
+
+    Returns
+    -------
+    Fit
+
+    Warns
+    -----
+    ConvergenceWarning
+        R-hat above 1.01, an effective sample size below 100 a chain, divergences, a loss
+        that is not finite or still falling.
+
+    Raises
+    ------
+    BindingError, MissingVariableError, DimensionError, DtypeError, LabelError, ModelError
+        Before anything is loaded.
+    OptionError
+        An option that the method does not take.
+
+    Examples
+    --------
+    >>> import numpy as np, numpyro, numpyro.distributions as dist, xarray as xr
+    >>> import xr_aimz
+    >>> def line(x, y=None):
+    ...     slope = numpyro.sample("slope", dist.Normal(0, 10))
+    ...     numpyro.sample("y", dist.Normal(slope * x, 1), obs=y)
+    >>> x = np.linspace(-1, 1, 50)
+    >>> ds = xr.Dataset({"x": ("time", x), "y": ("time", 2 * x)})
+    >>> fitted = ds.aimz.fit(line, draws=500, warmup=500, progress=False)
+    >>> fitted.posterior.slope.dims
+    ('chain', 'draw')
+    """
+    given = {"chains": chains, "warmup": warmup, "steps": steps, "optimizer": optimizer}
+    given |= {"draws": draws, "init": init}
+    asked = {name: value for name, value in given.items() if value is not None}
+    infer = inference(model, method, asked, seed, shows_progress(progress))
+    bound = bind(ds, model, variables, dim=dim, core_dim=core_dim, layout=layout)
+    arrays = _load(bound.inputs)
+    block = block_of(bound.binding, bound.inputs.sizes)
+    arguments = arrange(bound.binding, arrays, bound.inputs.dims, block)
+    drawn = infer(Problem(model, arguments, block, bound.sites))
+    fitted = _labelled(bound, drawn, arrays)
+    _warn(fitted)
+    return fitted
+
+
+def _load(inputs: Inputs) -> dict[str, jax.Array]:
+    # One Dataset, so that dask reads what variables share only once.
+    loaded = xr.Dataset({name: a.variable for name, a in inputs.arrays.items()}).compute()
+    arrays = {}
+    for name in inputs.arrays:
+        values = to_device_dtype(name, loaded[name].values)
+        if values.dtype.kind == "f" and (count := int(np.isnan(values).sum())):
+            raise BindingError(
+                f"variable {name!r} has {count} missing values (NaN) of {values.size}; every "
+                "density would be NaN. Drop or fill them: ds.dropna(...), ds.fillna(...)"
+            )
+        arrays[name] = jnp.asarray(values)
+    return arrays
+
+
+def _labelled(bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array]) -> Fit:
+    """The draws with their labels, and the deterministics that belong with them."""
+    values = dict(drawn.samples)
+    wanted = [
+        name
+        for name, s in bound.sites.items()
+        if s.kind == "deterministic" and not _spans(s, bound.binding)
+    ]
+    if wanted:
+        values |= _deterministics(bound, drawn, arrays, tuple(wanted))
+    posterior = label(values, bound.sites, bound.binding, bound.inputs)
+    return assemble(bound, posterior, drawn)
+
+
+def _spans(site: Site, binding: Binding) -> bool:
+    return bool(binding.dims) and set(binding.dims) <= set(dims_in_dataset(site, binding))
+
+
+def _deterministics(
+    bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array], wanted: tuple[str, ...]
+) -> dict[str, np.ndarray]:
+    binding, inputs = bound.binding.without_data(), bound.inputs
+    sources = {s.name for a in binding.inputs for s in a.sources}
+    program = Program(bound.model, binding, bound.sites, inputs.dims, wanted)
+    chains, draws = next(iter(drawn.samples.values())).shape[:2] if drawn.samples else (1, 1)
+    words = np.zeros((chains * draws, 2), np.uint32)
+    latents = {n: v.reshape(chains * draws, *v.shape[2:]) for n, v in drawn.samples.items()}
+    shared = {
+        "seed": np.asarray(keys.seed_key(0)),
+        "arrays": {name: np.asarray(a) for name, a in arrays.items() if name in sources},
+        "words": {
+            d: label_words(d, inputs.labels.get(d), size=inputs.sizes[d]) for d in binding.dims
+        },
+        "params": dict(drawn.params),
+    }
+    found = run(
+        fingerprint("deterministics", program),
+        lambda: predictive(program, inputs.sizes),
+        block_of(binding, inputs.sizes),
+        {"chain": words, "draw": words, "latents": latents},
+        shared,
+    )
+    return {n: _in_model_shape(bound, n, v, (chains, draws)) for n, v in found.items()}
+
+
+def _in_model_shape(
+    bound: Bound, name: str, value: np.ndarray, lead: tuple[int, int]
+) -> np.ndarray:
+    return value.reshape(*lead, *bound.sites[name].shape)
+
+
+def assemble(bound: Bound, posterior: xr.Dataset, drawn: Draws) -> Fit:
+    """A Fit from a labelled posterior and what else the inference gave back."""
+    binding, inputs = bound.binding, bound.inputs
+    outcomes = [s.name for a in binding.outcomes for s in a.sources]
+    arrays = inputs.arrays
+    chains = {d: posterior[d] for d in ("chain", "draw") if d in posterior.coords}
+    stats = {name: (("chain", "draw"), value) for name, value in drawn.stats.items()}
+    losses = None if drawn.losses is None else xr.DataArray(drawn.losses, dims="step", name="loss")
+    return Fit(
+        model=bound.model,
+        binding=binding,
+        sites=bound.sites,
+        posterior=posterior.assign_attrs(inference_library="numpyro", method=drawn.method),
+        sample_stats=xr.Dataset(stats, coords=chains if stats else None),
+        losses=losses,
+        params=drawn.params,
+        method=drawn.method,
+        attrs={name: dict(arrays[name].attrs) for name in outcomes},
+        observed_data=xr.Dataset({n: a for n, a in arrays.items() if n in outcomes}),
+        constant_data=xr.Dataset({n: a for n, a in arrays.items() if n not in outcomes}),
+    )
+
+
+def _warn(fitted: Fit) -> None:
+    for concern in diagnostics.concerns(fitted.posterior, fitted.sample_stats, fitted.losses):
+        warnings.warn(concern, ConvergenceWarning, stacklevel=4)
+
+

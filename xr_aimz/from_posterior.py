@@ -1,0 +1,119 @@
+"""Draws made elsewhere become a Fit: a model, a Dataset, and a posterior by site name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from xr_aimz.axes import dims_in_dataset
+from xr_aimz.bound import Bound, bind
+from xr_aimz.errors import ModelError
+from xr_aimz.fit import assemble
+from xr_aimz.infer.problem import Draws
+from xr_aimz.labelling import label, result_name
+from xr_aimz.posterior import Fit
+
+__all__ = ["from_posterior"]
+
+
+def from_posterior(
+    ds: xr.Dataset,
+    model: Callable,
+    posterior: Any,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    dim: str | tuple[str, ...] | None = None,
+    core_dim: str | tuple[str, ...] | None = None,
+    layout: str = "grid",
+    params: Mapping[str, Any] | None = None,
+) -> Fit:
+    """A Fit from draws made elsewhere; nothing is run.
+
+    Parameters
+    ----------
+    ds : Dataset
+        Whose variables the model's arguments are; the outcome need not be in it.
+    model : callable
+    posterior : mapping, Dataset or DataTree
+        Draws by site name: arrays ``(chain, draw, ...)``; a Dataset with those dims; or
+        an ArviZ DataTree with a group ``posterior``.
+    variables, dim, core_dim, layout
+        As in :func:`fit`.
+    params : mapping, optional
+        Values of ``param`` sites.
+
+    Raises
+    ------
+    ModelError
+        A latent site without draws.
+    """
+    given = _as_dataset(posterior)
+    bound = bind(
+        ds, model, variables, dim=dim, core_dim=core_dim, layout=layout, known=_sites_in(given)
+    )
+    latent = [name for name, s in bound.sites.items() if s.kind == "latent"]
+    known = {name: _find_draws(given, name) for name in latent}
+    labelled = [_relabel(known[name], name, bound) for name in latent]
+    draws = xr.merge([a.to_dataset() for a in labelled], join="exact") if labelled else xr.Dataset()
+    return assemble(bound, draws, Draws({}, "draws made elsewhere", params=dict(params or {})))
+
+
+def _as_dataset(posterior: Any) -> xr.Dataset:
+    if isinstance(posterior, xr.DataTree):
+        return posterior["posterior"].to_dataset()
+    if isinstance(posterior, xr.Dataset):
+        return posterior
+    if isinstance(posterior, Mapping):
+        arrays = {str(n): np.asarray(v) for n, v in posterior.items()}
+        flat = [n for n, v in arrays.items() if v.ndim < 2]
+        if flat:
+            raise ModelError(f"draws of {flat!r} must have dims (chain, draw, ...)")
+        return xr.Dataset(
+            {
+                n: (("chain", "draw", *(f"{n}_dim_{i}" for i in range(v.ndim - 2))), v)
+                for n, v in arrays.items()
+            }
+        )
+    # arviz < 1 hands out an InferenceData: its groups are attributes.
+    if hasattr(posterior, "posterior"):
+        return posterior.posterior
+    raise ModelError(
+        f"posterior={type(posterior).__name__}: give a mapping of arrays (chain, draw, ...), a "
+        "Dataset or a DataTree"
+    )
+
+
+def _sites_in(given: xr.Dataset) -> set[str]:
+    return {str(n) for n in given.data_vars} | {str(n).replace(".", "/") for n in given.data_vars}
+
+
+def _find_draws(given: xr.Dataset, site: str) -> xr.DataArray:
+    for name in (site, site.replace("/", ".")):
+        if name in given.data_vars:
+            return given[name]
+    raise ModelError(
+        f"latent site {site!r} has no draws in the posterior, which has "
+        f"{sorted(map(str, given.data_vars))!r}"
+    )
+
+
+def _relabel(array: xr.DataArray, name: str, bound: Bound) -> xr.DataArray:
+    """Draws with the site's dims: their own labels if they have them, else the Dataset's."""
+    site = bound.sites[name]
+    dims = ("chain", "draw", *dims_in_dataset(site, bound.binding))
+    own = result_name(bound.binding, site)
+    if set(array.dims) == set(dims):
+        return array.transpose(*dims).rename(own)
+    values = array.transpose("chain", "draw", ...).values
+    shape = tuple(n for d, n in zip(site.dims, site.shape, strict=True) if d is not None)
+    if values.shape[2:] not in (shape, site.shape):
+        raise ModelError(
+            f"draws of {name!r} have dims {array.dims!r} and shape {array.shape!r}; the model's "
+            f"site has dims {dims!r} and shape {site.shape!r}"
+        )
+    values = values.reshape(values.shape[:2] + site.shape)
+    coords = {d: array.coords[d].values for d in ("chain", "draw") if d in array.coords}
+    return label({name: values}, bound.sites, bound.binding, bound.inputs, **coords)[own]

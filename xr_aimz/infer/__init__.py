@@ -1,0 +1,1 @@
+"""How a fit is made: one module for each way of turning data into draws."""

@@ -1,0 +1,129 @@
+"""Markov chain Monte Carlo: NumPyro's own ``MCMC``, told which chains can run at once.
+
+Deterministic sites are hidden while chains run: NumPyro would keep every draw of them,
+and one that spans the data weighs more than the posterior. They are computed after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro import handlers
+from numpyro.infer import HMC, MCMC, NUTS, init_to_uniform, init_to_value
+from numpyro.infer.mcmc import MCMCKernel
+
+from xr_aimz.errors import ModelError, OptionError
+from xr_aimz.infer.problem import Draws, Problem
+from xr_aimz.model import tracing
+
+__all__ = ["kernel_for", "run", "sampler_for"]
+
+# NumPyro's names for what ArviZ calls otherwise.
+_FIELDS = (
+    "diverging",
+    "energy",
+    "potential_energy",
+    "accept_prob",
+    "num_steps",
+    "adapt_state.step_size",
+)
+
+
+def kernel_for(model: Callable, init: Any) -> MCMCKernel:
+    """NUTS with NumPyro's defaults, started from ``init``."""
+    return NUTS(model, init_strategy=init_strategy(init))
+
+
+def init_strategy(init: Any) -> Callable:
+    """NumPyro's initialization strategy for ``init=``: a strategy, or values by site."""
+    if init is None:
+        return init_to_uniform
+    if callable(init):
+        return init
+    if isinstance(init, dict):
+        return init_to_value(values=init)
+    raise OptionError(
+        f"init={init!r}: give values by site name, a dict, or a strategy of numpyro.infer "
+        "such as init_to_median"
+    )
+
+
+def sampler_for(
+    kernel: MCMCKernel, *, draws: int, chains: int, warmup: int, progress: bool
+) -> MCMC:
+    """An ``MCMC`` whose chains run at the same time wherever the backend allows it."""
+    hidden = _without_deterministics(kernel)
+    if chains == 1:
+        chain_method = "sequential"
+    elif jax.local_device_count() >= chains:
+        chain_method = "parallel"
+    else:
+        chain_method = "vectorized"
+    return MCMC(
+        hidden,
+        num_warmup=warmup,
+        num_samples=draws,
+        num_chains=chains,
+        chain_method=chain_method,
+        progress_bar=progress,
+    )
+
+
+def run(problem: Problem, sampler: MCMC, *, seed: int) -> Draws:
+    """Run the chains.
+
+    Raises
+    ------
+    ModelError
+        The model has ``param`` sites, which MCMC would leave at their initial values.
+    """
+    trained = [name for name in problem.named("param") if problem.sites[name].trained]
+    if trained:
+        raise ModelError(
+            f"sites {trained!r} are params, which MCMC does not move from their initial values; "
+            "give them priors (numpyro.sample, random_nnx_module), or fit with method='svi'"
+        )
+    fields = _FIELDS if isinstance(sampler.sampler, HMC) else ()
+    with tracing(problem.block):
+        sampler.run(jax.random.key(seed), extra_fields=fields, **problem.arguments)
+        samples = sampler.get_samples(group_by_chain=True)
+        extra = sampler.get_extra_fields(group_by_chain=True)
+    latent = set(problem.named("latent"))
+    if not isinstance(samples, dict):
+        raise OptionError(f"{type(sampler.sampler).__name__} does not sample the model's sites")
+    return Draws(
+        samples={name: np.asarray(v) for name, v in samples.items() if name in latent},
+        stats=_stats(extra),
+        method=f"{type(sampler.sampler).__name__}, {sampler.num_chains} chains, "
+        f"{sampler.num_warmup} warmup steps",
+    )
+
+
+def _without_deterministics(kernel: MCMCKernel) -> MCMCKernel:
+    def hide(model: Callable) -> Callable:
+        return handlers.block(model, hide_fn=lambda message: message["type"] == "deterministic")
+
+    try:
+        return kernel.wrap_model(hide)
+    except NotImplementedError:
+        # A kernel that cannot be copied keeps its deterministics: only memory is lost.
+        return kernel
+
+
+def _stats(extra: dict[str, Any]) -> dict[str, np.ndarray]:
+    if not extra:
+        return {}
+    steps = np.asarray(extra["num_steps"])
+    return {
+        "diverging": np.asarray(extra["diverging"]),
+        "energy": np.asarray(extra["energy"]),
+        "lp": -np.asarray(extra["potential_energy"]),
+        "acceptance_rate": np.asarray(extra["accept_prob"]),
+        "n_steps": steps,
+        "tree_depth": np.asarray(jnp.ceil(jnp.log2(steps + 1)), np.int64),
+        "step_size": np.asarray(extra["adapt_state.step_size"]),
+    }

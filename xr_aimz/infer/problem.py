@@ -1,0 +1,50 @@
+"""What an inference is given, and what it gives back, whatever the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from xr_aimz.model import Block, Site
+
+__all__ = ["Draws", "Problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and the arguments it is to be fitted to.
+
+    ``arguments`` are arrays and constants by name, outcomes included.
+    """
+
+    model: Callable
+    arguments: Mapping[str, Any]
+    block: Block
+    sites: Mapping[str, Site]
+
+    def named(self, kind: str) -> list[str]:
+        return [name for name, site in self.sites.items() if site.kind == kind]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws from a posterior, not yet labelled.
+
+    Parameters
+    ----------
+    samples, stats : mapping of name to array ``(chain, draw, ...)``
+    params : mapping of name to pytree
+        Values of ``param`` sites (and mutable state), the same for all draws.
+    losses : array ``(step,)``, optional
+    method : str
+        A line about how they were made.
+    """
+
+    samples: Mapping[str, np.ndarray]
+    method: str
+    stats: Mapping[str, np.ndarray] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    losses: np.ndarray | None = None

@@ -1,0 +1,105 @@
+"""Variational inference on all the data at once, by NumPyro's own ``SVI``.
+
+Steps run inside ``lax.scan``, a few hundred to a call, so that the loop costs nothing
+and progress can still be shown. The draws of a guide are independent: they make one
+chain.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import numpyro
+from numpyro.infer import SVI, Predictive, Trace_ELBO
+from numpyro.infer.autoguide import AutoGuide, AutoNormal
+from tqdm.auto import tqdm
+
+from xr_aimz.errors import ModelError, OptionError
+from xr_aimz.infer.mcmc import init_strategy
+from xr_aimz.infer.problem import Draws, Problem
+from xr_aimz.model import tracing
+
+__all__ = ["run", "svi_for"]
+
+_PIECES = 50
+
+
+def svi_for(model: Callable, guide: Any, optimizer: Any, init: Any) -> SVI:
+    """An ``SVI`` from a guide (class, instance or function) and an optimizer."""
+    if guide is None or (inspect.isclass(guide) and issubclass(guide, AutoGuide)):
+        made = (guide or AutoNormal)(model, init_loc_fn=init_strategy(init))
+    elif init is not None:
+        raise OptionError("init= goes with an autoguide class; this guide has its own start")
+    else:
+        made = guide
+    return SVI(model, made, _optimizer(optimizer), Trace_ELBO())
+
+
+def _optimizer(optimizer: Any) -> Any:
+    if optimizer is None:
+        return numpyro.optim.Adam(0.01)
+    if isinstance(optimizer, (int, float)):
+        return numpyro.optim.Adam(float(optimizer))
+    return optimizer
+
+
+def run(problem: Problem, svi: SVI, *, steps: int, draws: int, seed: int, progress: bool) -> Draws:
+    """Optimize a guide, then draw from it: one chain of independent draws."""
+    start, sample = jax.random.split(jax.random.key(seed))
+    arrays = {n: v for n, v in problem.arguments.items() if isinstance(v, jax.Array)}
+    rest = {n: v for n, v in problem.arguments.items() if n not in arrays}
+    with tracing(problem.block):
+        state = svi.init(start, **problem.arguments)
+        state, losses = _optimize(svi, state, arrays, rest, steps, progress)
+        params = svi.get_params(state)
+        samples = _sample_guide(svi, problem, params, sample, draws)
+    names = {*problem.named("param")}
+    kept = {name: value for name, value in params.items() if name in names}
+    if state.mutable_state is not None:
+        kept |= dict(state.mutable_state)
+    return Draws(
+        samples=samples,
+        method=f"SVI, {type(svi.guide).__name__}, {steps} steps",
+        params=jax.tree.map(np.asarray, kept),
+        losses=losses,
+    )
+
+
+def _optimize(
+    svi: SVI, state: Any, arrays: dict, rest: dict, steps: int, progress: bool
+) -> tuple[Any, np.ndarray]:
+    piece = max(1, steps // _PIECES)
+
+    def advance(state: Any, arrays: dict, length: int) -> tuple[Any, Any]:
+        return jax.lax.scan(
+            lambda s, _: svi.update(s, **arrays, **rest), state, None, length=length
+        )
+
+    advance = jax.jit(advance, static_argnames="length")
+    losses: list[np.ndarray] = []
+    with tqdm(total=steps, desc="SVI", disable=not progress) as bar:
+        while (done := sum(map(len, losses))) < steps:
+            state, found = advance(state, arrays, length=min(piece, steps - done))
+            losses.append(np.asarray(found))
+            bar.update(len(found))
+            bar.set_postfix(loss=f"{losses[-1].mean():.6g}")
+    return state, np.concatenate(losses)
+
+
+def _sample_guide(
+    svi: SVI, problem: Problem, params: Any, key: Any, draws: int
+) -> dict[str, np.ndarray]:
+    if isinstance(svi.guide, AutoGuide):
+        found = svi.guide.sample_posterior(key, params, sample_shape=(draws,))
+    else:
+        guide = Predictive(svi.guide, params=params, num_samples=draws)
+        found = guide(key, **problem.arguments)
+    latent = problem.named("latent")
+    absent = [name for name in latent if name not in found]
+    if absent:
+        raise ModelError(f"the guide does not cover the latent sites {absent!r} of the model")
+    return {name: np.asarray(found[name])[None] for name in latent}

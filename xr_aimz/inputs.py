@@ -1,0 +1,243 @@
+"""A Dataset made ready for a binding: checked, aligned, its dims in the model's order.
+
+:func:`gather` is where a Dataset meets the names, dims, labels and units of a fit. What
+it lets through is a Dataset that the fit could have been made on; all else is an error
+that names the variable and the dimension. It reads metadata and indexes only, so lazy
+arrays stay lazy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+import pandas as pd
+import xarray as xr
+
+from xr_aimz.binding import Argument, Binding, Source, find
+from xr_aimz.errors import (
+    ChunkError,
+    DimensionError,
+    DtypeError,
+    LabelError,
+    UnitsError,
+)
+
+__all__ = ["Inputs", "gather"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a Dataset gives to a binding.
+
+    Parameters
+    ----------
+    arrays : mapping of source name to DataArray
+        Observation dims first and in order, then the others.
+    sizes : mapping of dim to int
+    labels : mapping of dim to pandas.Index
+        For each dimension that has an index.
+    coords : Dataset
+        The coordinates that results carry; no data variables.
+    scalars : tuple of str
+        Observation dims that the Dataset has as scalar coordinates: here of size 1, and
+        scalar again in results.
+    chunks : mapping of dim to tuple of int
+        How the Dataset is chunked along observation dims; empty for a numpy-backed one.
+    """
+
+    arrays: Mapping[str, xr.DataArray]
+    sizes: Mapping[str, int]
+    labels: Mapping[str, pd.Index]
+    coords: xr.Dataset
+    scalars: tuple[str, ...] = ()
+    chunks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        return {name: tuple(map(str, a.dims)) for name, a in self.arrays.items()}
+
+
+def gather(binding: Binding, ds: xr.Dataset, *, outcomes: bool) -> Inputs:
+    """The arrays that a binding takes from a Dataset, checked.
+
+    Parameters
+    ----------
+    binding : Binding
+    ds : Dataset
+    outcomes : bool
+        Whether the outcomes must be there (a fit, a log-likelihood) or are left out (a
+        prediction).
+
+    Raises
+    ------
+    MissingVariableError, DimensionError, DtypeError, LabelError, ChunkError, UnitsError
+    """
+    arguments = binding.arguments if outcomes else binding.inputs
+    scalars = tuple(d for d in binding.dims if d not in ds.dims and _is_scalar(ds, d))
+    ds = ds.assign_coords({d: (d, ds[d].values[None]) for d in scalars})
+    _check_dims(binding, ds, arguments)
+    arrays: dict[str, xr.DataArray] = {}
+    for argument in arguments:
+        for source in argument.sources:
+            arrays[source.name] = _fetch(binding, ds, argument, source, scalars)
+    sizes = {str(d): n for a in arrays.values() for d, n in a.sizes.items()} | {
+        str(d): n for d, n in ds.sizes.items()
+    }
+    chunks = _chunks(binding, ds, arrays)
+    return Inputs(arrays, sizes, _labels(ds, sizes), _coords(ds), scalars, chunks)
+
+
+def _is_scalar(ds: xr.Dataset, dim: str) -> bool:
+    return dim in ds.coords and ds[dim].ndim == 0
+
+
+def _check_dims(binding: Binding, ds: xr.Dataset, arguments: tuple[Argument, ...]) -> None:
+    kept = {d for a in arguments for s in a.sources if s.data is not None for d in s.dims}
+    for dim in binding.dims:
+        if dim not in ds.dims and dim not in kept:
+            raise DimensionError(
+                f"observation dimension {dim!r} is not in the Dataset, which has "
+                f"{sorted(map(str, ds.dims))!r}; rename one, or add it with expand_dims({dim!r})"
+            )
+        if dim in ds.dims and ds.sizes[dim] == 0:
+            raise DimensionError(f"dimension {dim!r} is empty: there is nothing to compute on")
+        index = ds.indexes.get(dim)
+        if index is not None and not index.is_unique:
+            twice = list(index[index.duplicated()][:3])
+            raise LabelError(
+                f"dimension {dim!r} has duplicate labels, {twice!r} among them; a draw is "
+                f"addressed by its label, so make them unique: ds.drop_duplicates({dim!r})"
+            )
+
+
+def _fetch(
+    binding: Binding, ds: xr.Dataset, argument: Argument, source: Source, scalars: tuple[str, ...]
+) -> xr.DataArray:
+    array = _aligned(ds, argument, source)
+    for d in scalars:
+        if d in source.dims and d not in array.dims:
+            array = array.expand_dims({d: ds[d].values})
+    array = array.drop_vars([c for c in array.coords if c not in array.dims])
+    _check_array(binding, ds, argument, source, array)
+    array = _in_order(binding, argument, source, array)
+    first = [d for d in binding.dims if d in array.dims]
+    return array.transpose(*first, *[d for d in source.dims if d not in binding.dims])
+
+
+def _aligned(ds: xr.Dataset, argument: Argument, source: Source) -> xr.DataArray:
+    """The variable; or the DataArray given at the fit, on this Dataset's labels."""
+    if source.data is None or source.name in ds.variables:
+        return find(ds, source.name, argument.name)
+    array = source.data
+    for dim, index in ds.indexes.items():
+        if dim not in array.dims:
+            continue
+        if dim not in array.indexes:
+            raise LabelError(f"argument {argument.name!r}: its DataArray has no labels on {dim!r}")
+        absent = index.difference(array.indexes[dim])
+        if len(absent):
+            raise LabelError(
+                f"argument {argument.name!r}: its DataArray lacks {len(absent)} labels of "
+                f"{dim!r}, {list(absent[:3])!r} among them; put a variable {source.name!r} "
+                "into the Dataset instead"
+            )
+        array = array.sel({dim: index})
+    return array
+
+
+def _check_array(
+    binding: Binding, ds: xr.Dataset, argument: Argument, source: Source, array: xr.DataArray
+) -> None:
+    what = f"variable {source.name!r} (argument {argument.name!r})"
+    _check_dtype(what, argument, source, array)
+    new = [d for d in array.dims if d not in source.dims]
+    if new:
+        raise DimensionError(
+            f"{what} has dims {array.dims!r}; the fit had {source.dims!r}. "
+            f"{new!r} is new: select one label of it, or fit with it"
+        )
+    gone = [d for d in source.dims if d not in array.dims and d not in binding.dims]
+    if gone:
+        raise DimensionError(f"{what} has dims {array.dims!r}; the fit also had {gone!r}")
+    chunked = [d for d in binding.core_dims if len(array.chunksizes.get(d, (1,))) > 1]
+    if chunked:
+        raise ChunkError(
+            f"{what} is chunked along core_dim {chunked!r}, in "
+            f"{[len(array.chunksizes[d]) for d in chunked]!r} pieces; the model needs it whole: "
+            f"ds.chunk({ {d: -1 for d in chunked}!r})"
+        )
+    units = array.attrs.get("units")
+    if units is not None and source.units is not None and str(units) != source.units:
+        raise UnitsError(
+            f"{what} is in {str(units)!r}; the fit was in {source.units!r}. Convert it, or "
+            f"set its attrs['units'] if only the name differs"
+        )
+
+
+def _check_dtype(what: str, argument: Argument, source: Source, array: xr.DataArray) -> None:
+    kind = array.dtype.kind
+    if kind in "fiub":
+        return
+    dates = kind in "mM" or (kind == "O" and xr.core.common.contains_cftime_datetimes(array))
+    if dates:
+        raise DtypeError(
+            f"{what} holds dates ({array.dtype}); a model takes numbers. Give it a decimal year: "
+            f"ds.assign_coords(year=ds[{source.name!r}].dt.decimal_year) and "
+            f"variables={{{argument.name!r}: 'year'}}"
+        )
+    if kind in "OUST":
+        raise DtypeError(
+            f"{what} has dtype {array.dtype}; a model takes floats, ints and bools. Convert it: "
+            f"ds[{source.name!r}].astype(float), or codes from np.unique(..., return_inverse=True)"
+        )
+    raise DtypeError(f"{what} has dtype {array.dtype}; a model takes floats, ints and bools")
+
+
+def _in_order(
+    binding: Binding, argument: Argument, source: Source, array: xr.DataArray
+) -> xr.DataArray:
+    """Dimensions that are not observed have the fit's own order of labels."""
+    for d in array.dims:
+        index = binding.labels.get(str(d))
+        if d in binding.dims or index is None or d not in array.indexes:
+            continue
+        here = array.indexes[d]
+        if here.equals(index):
+            continue
+        if len(here) != len(index) or len(index.difference(here)):
+            raise LabelError(
+                f"variable {source.name!r} (argument {argument.name!r}) has labels "
+                f"{list(here[:5])!r} on {d!r}; the fit had {list(index[:5])!r}"
+            )
+        array = array.sel({d: index})
+    return array
+
+
+def _chunks(
+    binding: Binding, ds: xr.Dataset, arrays: Mapping[str, xr.DataArray]
+) -> dict[str, tuple[int, ...]]:
+    """The chunks of the arrays taken; where those are not chunked, of the other variables."""
+    # A prediction leaves the outcome out, and a chunked Dataset may have chunked nothing else.
+    others = [v.chunksizes for v in ds.variables.values()]
+    found: dict[str, tuple[int, ...]] = {}
+    for chunked in ([a.chunksizes for a in arrays.values()], others):
+        for dim in (d for d in binding.dims if d not in found):
+            if mine := [c[dim] for c in chunked if dim in c]:
+                found[dim] = common_chunks(mine)
+    return found
+
+
+def common_chunks(found: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """The coarsest chunks that every one of the given chunkings can be cut into."""
+    edges = {0}.union(*(accumulate(chunks) for chunks in found))
+    return tuple(stop - start for start, stop in pairwise(sorted(edges)))
+
+
+def _labels(ds: xr.Dataset, sizes: Mapping[str, int]) -> dict[str, pd.Index]:
+    return {d: ds.indexes[d] for d in sizes if d in ds.indexes}
+
+
+def _coords(ds: xr.Dataset) -> xr.Dataset:
+    return ds.drop_vars(list(ds.data_vars))

@@ -1,0 +1,158 @@
+"""One posterior draw through one block: pure functions from arrays to arrays.
+
+A :class:`Program` is all that is static: the model, its binding and its sites. What
+changes from block to block (arrays, the words of the labels) and from draw to draw (the
+words of chain and draw, the latents) is passed in. Sites that the posterior holds are
+substituted; all others are drawn by :mod:`xr_aimz.keys`, so that a value depends on its
+labels and on nothing else of the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from numpyro import handlers
+
+from xr_aimz import keys
+from xr_aimz.axes import TABLE, shape_in_dataset, shape_in_model
+from xr_aimz.binding import Binding, arrange, block_of
+from xr_aimz.errors import ModelError
+from xr_aimz.model import Block, Site
+
+__all__ = ["Program", "log_likelihood", "predictive"]
+
+# A call has `draw`: {"chain", "draw": uint32 (2,), "latents": {site: array}}
+# and `shared`: {"seed": int, "arrays": {source: array}, "words": {dim: uint32 (n, 2)},
+# "params": {site: pytree}}.
+Call = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, jax.Array]]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything about a kernel that does not change from block to block.
+
+    Parameters
+    ----------
+    model : callable
+    binding : Binding
+    sites : mapping of name to Site
+    dims : mapping of source name to tuple of str
+        The dims of each array that a block passes in.
+    returns : tuple of str
+        The sites whose values are wanted.
+    """
+
+    model: Callable
+    binding: Binding
+    sites: Mapping[str, Site]
+    dims: Mapping[str, tuple[str, ...]]
+    returns: tuple[str, ...]
+
+
+def predictive(program: Program, sizes: Mapping[str, int]) -> Call:
+    """The values of ``program.returns`` for one draw of the posterior, on one block."""
+    block = block_of(program.binding, sizes)
+
+    def call(draw: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, jax.Array]:
+        trace = _run(program, block, draw, shared)
+        return {name: _out(program, name, trace[name]["value"], sizes) for name in program.returns}
+
+    return call
+
+
+def log_likelihood(program: Program, sizes: Mapping[str, int]) -> Call:
+    """The log density of each observation for one draw, event dims summed."""
+    block = block_of(program.binding, sizes)
+
+    def call(draw: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, jax.Array]:
+        trace = _run(program, block, draw, shared)
+        found = {}
+        for name in program.returns:
+            density = trace[name]["fn"].log_prob(trace[name]["value"])
+            found[name] = _out(program, name, density, sizes)
+        return found
+
+    return call
+
+
+def _run(
+    program: Program, block: Block, draw: Mapping[str, Any], shared: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    key = keys.fold(keys.fold(shared["seed"], draw["chain"]), draw["draw"])
+    passed = arrange(program.binding, shared["arrays"], program.dims, block)
+    known = dict(shared["params"])
+    for name, value in draw["latents"].items():
+        shape = shape_in_model(program.sites[name], program.binding, block.sizes)
+        known[name] = jnp.reshape(value, shape)
+    # NumPyro's own key feeds only what has no address: numpyro.prng_key() in a network.
+    loose = jax.random.wrap_key_data(keys.site_key(key, "numpyro.prng_key"), impl="threefry2x32")
+    model = handlers.substitute(handlers.seed(program.model, loose), data=known)
+    drawn = handlers.substitute(model, substitute_fn=_drawer(program, block, shared["words"], key))
+    return handlers.trace(drawn).get_trace(**passed)
+
+
+def _drawer(
+    program: Program, block: Block, words: Mapping[str, jax.Array], key: jax.Array
+) -> Callable[[Mapping[str, Any]], jax.Array | None]:
+    """A substitution that draws whatever the posterior does not hold, by label."""
+    table = {}
+    if program.binding.layout == "table":
+        cells = keys.combine([words[d] for d in program.binding.dims])
+        table[TABLE] = jnp.reshape(cells, (-1, 2))
+    addresses = {**words, **table}
+
+    def draw(message: Mapping[str, Any]) -> jax.Array | None:
+        if message["type"] != "sample" or message["value"] is not None:
+            return None
+        site = program.sites[message["name"]]
+        dims = site.dims[: site.batch_ndim]
+        site_key = keys.site_key(key, site.name)
+        step = message["infer"].get("_scan_current_index")
+        if step is not None:
+            # Inside a scan the leading axis is the step; its dimension is never split.
+            dims = dims[1:]
+            site_key = keys.fold(site_key, jnp.stack([jnp.uint32(0), step.astype(jnp.uint32)]))
+        fn = _whole(message["fn"], site, dims, addresses)
+        return keys.sample(fn, site_key, _address(fn, site, dims, addresses))
+
+    return draw
+
+
+def _whole(fn: Any, site: Site, dims: tuple[str | None, ...], addresses: Mapping[str, Any]) -> Any:
+    """An outcome has a draw for every cell, even where its parameters only broadcast."""
+    if site.kind != "observed":
+        return fn
+    lengths = [len(addresses[d]) if d in addresses else 1 for d in dims]
+    shape = jnp.broadcast_shapes(tuple(lengths), fn.batch_shape)
+    return fn if shape == fn.batch_shape else fn.expand(shape)
+
+
+def _address(
+    fn: Any, site: Site, dims: tuple[str | None, ...], addresses: Mapping[str, Any]
+) -> list[jax.Array]:
+    batch = fn.batch_shape
+    dims = (None,) * (len(batch) - len(dims)) + dims
+    named = dims[len(dims) - len(batch) :]
+    found = []
+    for axis, (dim, length) in enumerate(zip(named, batch, strict=True)):
+        if dim not in addresses:
+            found.append(keys.positions(len(batch) - axis, length))
+        elif len(addresses[dim]) == length:
+            found.append(addresses[dim])
+        else:
+            raise ModelError(
+                f"site {site.name!r} has length {length} along {dim!r}, where the block has "
+                f"{len(addresses[dim])}; take sizes from the arguments or from "
+                f"xr_aimz.plate({dim!r}), not from the model"
+            )
+    return found
+
+
+def _out(program: Program, name: str, value: Any, sizes: Mapping[str, int]) -> jax.Array:
+    value = jnp.asarray(value)
+    dims = program.sites[name].dims[: value.ndim]
+    return jnp.reshape(value, shape_in_dataset(dims, program.binding, sizes, value.shape))

@@ -1,0 +1,83 @@
+"""Arrays get the names, dims and labels that they have in a Dataset.
+
+Sites get their dimensions from :mod:`xr_aimz.axes` and their labels from the Dataset,
+so a local latent is indexed as the data are, and a prediction can find the part of it
+that belongs to a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from xr_aimz.axes import dims_in_dataset, shape_in_dataset
+from xr_aimz.binding import FEATURE, Binding
+from xr_aimz.inputs import Inputs
+from xr_aimz.model import Site
+
+__all__ = ["label", "result_name", "with_coords"]
+
+
+def result_name(binding: Binding, site: Site) -> str:
+    """What a site is called in a Dataset: its outcome's variable, or its own name."""
+    if site.obs_argument is not None:
+        return binding.argument(site.obs_argument).sources[0].name
+    # A slash separates groups of a DataTree and of a Zarr store.
+    return site.name.replace("/", ".")
+
+
+def label(
+    values: Mapping[str, np.ndarray],
+    sites: Mapping[str, Site],
+    binding: Binding,
+    inputs: Inputs,
+    chain: Any = None,
+    draw: Any = None,
+) -> xr.Dataset:
+    """Arrays ``(chain, draw, *site axes)`` as a labelled Dataset."""
+    found: dict[str, xr.DataArray] = {}
+    for name, value in values.items():
+        site = sites[name]
+        kept = site.dims[: value.ndim - 2]
+        shape = shape_in_dataset(kept, binding, inputs.sizes, value.shape[2:])
+        dims = dims_in_dataset(site, binding)[: len(shape)]
+        found[result_name(binding, site)] = xr.DataArray(
+            value.reshape(value.shape[:2] + shape), dims=("chain", "draw", *dims)
+        )
+    ds = xr.Dataset(found)
+    ds = ds.assign_coords(
+        {
+            "chain": np.arange(ds.sizes.get("chain", 0)) if chain is None else chain,
+            "draw": np.arange(ds.sizes.get("draw", 0)) if draw is None else draw,
+        }
+    )
+    return with_coords(ds, binding, inputs)
+
+
+def with_coords(ds: xr.Dataset, binding: Binding, inputs: Inputs) -> xr.Dataset:
+    """The coordinates of the inputs that fit a result, and labels of its other dims."""
+    # A name can mean another length in the posterior (a plate of its own); such a one is
+    # not labelled.
+    misfits = [
+        name
+        for name, c in inputs.coords.coords.items()
+        if name in ds.coords or any(ds.sizes.get(str(d)) != n for d, n in c.sizes.items())
+    ]
+    ds = ds.assign_coords(inputs.coords.drop_vars(misfits).coords)
+    for d, index in extra_labels(binding).items():
+        if d in ds.dims and d not in ds.coords and ds.sizes[d] == len(index):
+            ds = ds.assign_coords({d: index})
+    return ds
+
+
+def extra_labels(binding: Binding) -> dict[str, pd.Index]:
+    """Labels of dimensions that are not in the Dataset: those of stacked variables."""
+    stacked = [a for a in binding.arguments if a.stacked]
+    labels = dict(binding.labels)
+    if len(stacked) == 1:
+        labels[FEATURE] = pd.Index([s.name for s in stacked[0].sources], name=FEATURE)
+    return labels

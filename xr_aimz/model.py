@@ -1,0 +1,321 @@
+"""What a model is made of, found by tracing it once on shapes alone.
+
+A model is run under :func:`jax.eval_shape`, so nothing is computed, and every site it
+visits is written down: its kind, shape, dtype, distribution and plates. NumPyro keeps
+one global stack of handlers, so two threads must never trace at once: every trace in
+this package happens inside :func:`tracing`, which holds one lock and says which block
+of the Dataset is being traced, for :func:`plate` to read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from numpyro import handlers
+from numpyro.ops.provenance import eval_provenance
+
+from xr_aimz.errors import DimensionError, ModelError
+
+__all__ = [
+    "Block",
+    "Parameter",
+    "Plate",
+    "Site",
+    "observed_through",
+    "parameters",
+    "plate",
+    "trace_sites",
+    "tracing",
+]
+
+_lock = threading.RLock()
+_block: ContextVar[Block | None] = ContextVar("xr_aimz_block", default=None)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The piece of a Dataset that a model is being traced for.
+
+    ``sizes`` has every dimension of the piece; ``places`` the (negative) batch axis of
+    each observation dimension; ``table`` is whether those were flattened to one.
+    """
+
+    sizes: Mapping[str, int]
+    places: Mapping[str, int]
+    table: bool = False
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of a model, as its signature has it."""
+
+    name: str
+    required: bool
+    default: Any = None
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A plate around a site: its name, its (negative) batch axis and its size."""
+
+    name: str
+    dim: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site of a model: what one trace on shapes tells of it.
+
+    ``trained`` params have values to optimize. ``dims`` names each axis of the value once the axes have been matched with the
+    Dataset (see :mod:`xr_aimz.axes`); ``None`` marks an axis of size 1 that only
+    broadcasts.
+    """
+
+    name: str
+    kind: str  # "latent", "observed", "deterministic" or "param"
+    shape: tuple[int, ...]
+    event_ndim: int
+    dtype: Any
+    plates: tuple[Plate, ...] = ()
+    event_dims: tuple[str, ...] | None = None
+    distribution: str = ""
+    obs_argument: str | None = None
+    scanned: bool = False
+    trained: bool = False
+    dims: tuple[str | None, ...] = field(default=())
+
+    @property
+    def batch_ndim(self) -> int:
+        return len(self.shape) - self.event_ndim
+
+
+@contextmanager
+def tracing(block: Block | None) -> Iterator[None]:
+    """Hold the lock under which models are traced, for one block of a Dataset."""
+    # NumPyro's handler stack is a module-level list: tracing from two threads mixes
+    # their sites, https://github.com/pyro-ppl/numpyro/issues/1155 among others.
+    with _lock:
+        token = _block.set(block)
+        try:
+            yield
+        finally:
+            _block.reset(token)
+
+
+def plate(dim: str) -> numpyro.plate:
+    """A plate for a dimension of the Dataset: sized and placed for the current block.
+
+    A prediction runs the model on one block of the Dataset at a time, so a size written
+    into the model is right for one block only. This plate asks the block.
+
+    Parameters
+    ----------
+    dim : str
+        A dimension of the Dataset. An observation dimension gets the batch axis that it
+        has in the arrays of ``layout="grid"``; any other dimension the first free axis.
+
+    Returns
+    -------
+    numpyro.plate
+        Named after the dimension.
+
+    Raises
+    ------
+    DimensionError
+        Outside of a fit or a prediction, for a dimension that the Dataset does not
+        have, or for an observation dimension that ``layout="table"`` has flattened.
+
+    Examples
+    --------
+    >>> import numpyro, numpyro.distributions as dist, xr_aimz
+    >>> def trend(year, tas=None):
+    ...     with xr_aimz.plate("lat"), xr_aimz.plate("lon"):
+    ...         slope = numpyro.sample("slope", dist.Normal(0, 1))
+    ...     with xr_aimz.plate("time"), xr_aimz.plate("lat"), xr_aimz.plate("lon"):
+    ...         numpyro.sample("tas", dist.Normal(slope * year, 1), obs=tas)
+    """
+    block = _block.get()
+    if block is None:
+        raise DimensionError(
+            f"xr_aimz.plate({dim!r}) has a size only while xr_aimz runs the model; "
+            "call the model through ds.aimz, or use numpyro.plate here"
+        )
+    if dim not in block.sizes:
+        raise DimensionError(
+            f"xr_aimz.plate({dim!r}): no dimension {dim!r} in the Dataset; "
+            f"it has {sorted(block.sizes)!r}"
+        )
+    if block.table and dim in block.places:
+        raise DimensionError(
+            f"xr_aimz.plate({dim!r}): layout='table' flattens {sorted(block.places)!r} to one "
+            "axis; use numpyro.plate('data', X.shape[0]), or layout='grid'"
+        )
+    return numpyro.plate(dim, block.sizes[dim], dim=block.places.get(dim))
+
+
+def parameters(model: Callable) -> tuple[Parameter, ...]:
+    """The arguments of a model, in order, from its signature."""
+    if not callable(model):
+        raise ModelError(f"a model is a NumPyro callable; found {model!r}")
+    found = []
+    for name, parameter in inspect.signature(model).parameters.items():
+        if parameter.kind is parameter.POSITIONAL_ONLY or parameter.kind is parameter.VAR_POSITIONAL:
+            raise ModelError(
+                f"argument {str(parameter)!r} of {_name(model)} cannot be passed by name; "
+                "arguments are bound to variables by name, so give it one"
+            )
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        required = parameter.default is parameter.empty
+        found.append(Parameter(name, required, None if required else parameter.default))
+    return tuple(found)
+
+
+def trace_sites(
+    model: Callable, arrange: Callable[[Any], dict[str, Any]], arrays: Any, block: Block
+) -> tuple[Site, ...]:
+    """The sites of a model, from one abstract trace.
+
+    Parameters
+    ----------
+    model : callable
+    arrange : callable
+        Turns ``arrays`` into the model's keyword arguments.
+    arrays : pytree of jax.ShapeDtypeStruct
+        What to trace on. Nothing is computed.
+    block : Block
+        What :func:`plate` is to see.
+
+    Raises
+    ------
+    Exception
+        Whatever the model raises, with the site and the shapes added as a note.
+    """
+    found: list[Site] = []
+    tracer = handlers.trace()
+    passed: dict[str, Any] = {}
+
+    def run(inputs: Any) -> None:
+        passed.update(arrange(inputs))
+        with tracer as sites:
+            _unsampled(handlers.seed(lambda: model(**passed), jax.random.key(0)))()
+        found.extend(_site(message, passed) for message in sites.values() if _is_site(message))
+
+    with tracing(block), _quiet():
+        try:
+            jax.eval_shape(run, arrays)
+        except Exception as error:
+            error.add_note(_where(tracer.trace, passed))
+            raise
+    return tuple(found)
+
+
+def observed_through(
+    model: Callable, arrange: Callable[[Any], dict[str, Any]], arrays: Mapping[str, Any], block: Block
+) -> dict[str, frozenset[str]]:
+    """Which of the named arrays reach the observed value of each observed site."""
+
+    def observations(**inputs: Any) -> dict[str, Any]:
+        seeded = handlers.seed(lambda: model(**arrange(inputs)), jax.random.key(0))
+        sites = handlers.trace(_unsampled(seeded)).get_trace()
+        return {n: m["value"] for n, m in sites.items() if m["type"] == "sample" and _seen(m)}
+
+    with tracing(block), _quiet():
+        return eval_provenance(observations, **arrays)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # NumPyro warns of things that depend on values; a trace has only shapes.
+        warnings.filterwarnings("ignore", category=UserWarning, module="numpyro")
+        yield
+
+
+def _seen(message: Mapping[str, Any]) -> bool:
+    return bool(message["is_observed"]) and not message["infer"].get("is_auxiliary", False)
+
+
+def _name(model: Callable) -> str:
+    return getattr(model, "__name__", repr(model))
+
+
+class _unsampled(handlers.substitute):
+    """Values for sites whose distribution cannot be sampled: shapes are all a trace needs."""
+
+    def __init__(self, fn: Callable) -> None:
+        super().__init__(fn, substitute_fn=_blank)
+
+
+def _blank(message: Mapping[str, Any]) -> Any:
+    if message["type"] != "sample" or message["value"] is not None:
+        return None
+    fn = message["fn"]
+    shape = fn.batch_shape + fn.event_shape
+    try:
+        drawn = jax.eval_shape(lambda key: fn.sample(key), jax.random.key(0))
+    except NotImplementedError:
+        # ImproperUniform and its like: a density, but nothing to draw from.
+        return jnp.zeros(shape, jnp.int32 if fn.support.is_discrete else jnp.result_type(float))
+    return jnp.zeros(drawn.shape, drawn.dtype)
+
+
+def _is_site(message: Mapping[str, Any]) -> bool:
+    if message["type"] == "sample":
+        return not message["infer"].get("is_auxiliary", False)
+    return message["type"] in ("deterministic", "param")
+
+
+def _site(message: Mapping[str, Any], passed: Mapping[str, Any]) -> Site:
+    value = message["value"]
+    if message["type"] == "param":
+        # A network whose weights all have priors leaves an empty param behind.
+        return Site(message["name"], "param", (), 0, None, trained=bool(jax.tree.leaves(value)))
+    plates = tuple(
+        Plate(frame.name, frame.dim, frame.size) for frame in message.get("cond_indep_stack", ())
+    )
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if message["type"] == "deterministic":
+        return Site(message["name"], "deterministic", shape, 0, dtype, plates)
+    fn, infer = message["fn"], message["infer"]
+    event_dims = infer.get("event_dims")
+    return Site(
+        name=message["name"],
+        kind="observed" if message["is_observed"] else "latent",
+        shape=jax.lax.broadcast_shapes(shape, fn.batch_shape + fn.event_shape),
+        event_ndim=fn.event_dim,
+        dtype=dtype,
+        plates=plates,
+        event_dims=None if event_dims is None else tuple(event_dims),
+        distribution=_distribution(fn),
+        obs_argument=next((n for n, v in passed.items() if v is not None and v is value), None),
+        scanned=bool(message.get("_control_flow_done", False)),
+    )
+
+
+def _distribution(fn: Any) -> str:
+    while type(fn).__name__ in ("ExpandedDistribution", "MaskedDistribution", "Independent"):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
+def _where(sites: Mapping[str, Any], passed: Mapping[str, Any]) -> str:
+    shapes = {name: jnp.shape(v) for name, v in passed.items() if hasattr(v, "shape")}
+    last = next(reversed(sites), None) if sites else None
+    after = "before its first site" if last is None else f"after site {last!r}"
+    return (
+        f"xr_aimz: the model raised this {after}, given arrays of shape {shapes!r}. "
+        "A plate whose size is written into the model fits one block only: "
+        "xr_aimz.plate(dim) asks the block for its size."
+    )

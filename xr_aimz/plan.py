@@ -1,0 +1,91 @@
+"""How a prediction is cut: into blocks of the Dataset, and into runs of draws.
+
+A chunked Dataset keeps its own chunks; a numpy-backed one is cut so that a block with
+all its draws stays under ``set_options(block_bytes=...)``. Where a block is too heavy
+for that, its draws are cut instead. No value depends on the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from xr_aimz.binding import Binding
+from xr_aimz.inputs import Inputs
+
+__all__ = ["Plan", "plan"]
+
+# A block of fewer cells spends its time on being a task; the draws are cut before that.
+_LEAST_CELLS = 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chunks of each observation dimension, and of ``chain`` and ``draw``."""
+
+    chunks: Mapping[str, tuple[int, ...]]
+    chain: tuple[int, ...]
+    draw: tuple[int, ...]
+
+    def largest(self, dim: str) -> int:
+        return max(self.chunks[dim])
+
+
+def plan(
+    binding: Binding,
+    inputs: Inputs,
+    shape: tuple[int, int],
+    bytes_per_draw: int,
+    limit: int,
+) -> Plan:
+    """Cut a prediction of ``shape`` (chain, draw) draws.
+
+    Parameters
+    ----------
+    binding : Binding
+    inputs : Inputs
+    shape : tuple of int
+        The number of chains and of draws a chain.
+    bytes_per_draw : int
+        What one draw of all outputs weighs over the whole Dataset.
+    limit : int
+        The most bytes of a task's outputs.
+    """
+    sizes = {d: inputs.sizes[d] for d in binding.dims}
+    per_cell = max(bytes_per_draw / max(prod(sizes.values()), 1), 1e-9)
+    if inputs.chunks:
+        chunks = {d: inputs.chunks.get(d, (n,)) for d, n in sizes.items()}
+    else:
+        cells = max(int(limit / (per_cell * prod(shape))), _LEAST_CELLS)
+        chunks = _cut(sizes, binding.core_dims, cells)
+    block = prod(max(c) for c in chunks.values()) * per_cell
+    chain, draw = _cut_draws(shape, max(int(limit / block), 1))
+    return Plan(chunks, chain, draw)
+
+
+def _cut(
+    sizes: Mapping[str, int], core: Iterable[str], cells: int
+) -> dict[str, tuple[int, ...]]:
+    """Equal chunks of at most ``cells`` cells: leading dims are cut first, as dask does rows."""
+    lengths = dict(sizes)
+    for dim in (d for d in sizes if d not in core):
+        rest = prod(n for d, n in lengths.items() if d != dim)
+        lengths[dim] = max(1, min(lengths[dim], cells // max(rest, 1)))
+        if prod(lengths.values()) <= cells:
+            break
+    return {d: _even(n, lengths[d]) for d, n in sizes.items()}
+
+
+def _even(length: int, most: int) -> tuple[int, ...]:
+    """Chunks of at most ``most``, as even as can be, so that padding wastes little."""
+    pieces = -(-length // most)
+    size = -(-length // pieces)
+    return tuple(min(size, length - start) for start in range(0, length, size))
+
+
+def _cut_draws(shape: tuple[int, int], most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    chains, draws = shape
+    if most >= chains:
+        return (chains,), _even(draws, min(most // chains, draws))
+    return (1,) * chains, _even(draws, min(most, draws))

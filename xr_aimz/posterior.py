@@ -1,0 +1,140 @@
+"""A fit: labelled draws, and the binding they came from.
+
+A Fit is one object with an identity and no state: everything that a prediction needs,
+and everything that a person wants to see of an inference.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import xarray as xr
+
+from xr_aimz import diagnostics
+from xr_aimz.binding import Binding
+from xr_aimz.labelling import result_name
+from xr_aimz.model import Site
+
+__all__ = ["Fit"]
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A model fitted to a Dataset.
+
+    Parameters
+    ----------
+    model : callable
+    binding : Binding
+        Which variable is which argument.
+    sites : mapping of name to Site
+    posterior : Dataset
+        Draws of latent sites and of deterministics that do not span every observation
+        dimension, with dims ``(chain, draw, ...)``.
+    sample_stats : Dataset
+        By ArviZ's names: ``diverging``, ``energy``, ``lp``, ``acceptance_rate``,
+        ``n_steps``, ``tree_depth``, ``step_size``. Empty for other methods than HMC.
+    losses : DataArray, optional
+        The loss of each step ``(step,)`` of variational inference.
+    params : mapping of name to pytree
+        Values of ``param`` sites: networks and the like, the same for all draws.
+    method : str
+        How the draws were made.
+    attrs : mapping of name to dict
+        The attrs of each outcome's variable.
+    observed_data, constant_data : Dataset
+        The outcomes' and the inputs' arrays, as ArviZ names them.
+    """
+
+    model: Callable
+    binding: Binding
+    sites: Mapping[str, Site]
+    posterior: xr.Dataset
+    sample_stats: xr.Dataset
+    losses: xr.DataArray | None
+    params: Mapping[str, Any]
+    method: str
+    attrs: Mapping[str, Mapping[str, Any]]
+    observed_data: xr.Dataset
+    constant_data: xr.Dataset
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def diagnostics(self) -> xr.Dataset:
+        """R-hat, bulk and tail effective sample size of each variable, and divergences.
+
+        Returns
+        -------
+        Dataset
+            Eager. Each variable of the posterior with a dimension ``diagnostic``;
+            ``divergences``, the number of divergent draws of each chain, where the
+            method has them.
+        """
+        table = diagnostics.summarize(self.posterior)
+        if "diverging" in self.sample_stats:
+            table["divergences"] = self.sample_stats.diverging.sum("draw")
+        return table
+
+    def to_datatree(self, **groups: xr.Dataset) -> xr.DataTree:
+        """The fit in ArviZ's schema, with any further groups (``posterior_predictive=``...).
+
+        Examples
+        --------
+        >>> tree = fit.to_datatree(posterior_predictive=pred)  # doctest: +SKIP
+        """
+        own = {
+            "posterior": self.posterior,
+            "sample_stats": self.sample_stats,
+            "observed_data": self.observed_data,
+            "constant_data": self.constant_data,
+        }
+        return xr.DataTree.from_dict(
+            {name: ds for name, ds in {**own, **groups}.items() if ds.data_vars}
+        )
+
+    def __repr__(self) -> str:
+        return "\n".join(["<xr_aimz.Fit>", *(f"  {k + ':':<12}{v}" for k, v in self._facts())])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{_escape(k)}</th>"
+            f"<td style='text-align:left'>{_escape(v)}</td></tr>"
+            for k, v in self._facts()
+        )
+        parts = [f"<details open><summary>posterior</summary>{self.posterior._repr_html_()}</details>"]
+        if self.sample_stats.data_vars:
+            parts.append(
+                "<details><summary>sample_stats</summary>"
+                f"{self.sample_stats._repr_html_()}</details>"
+            )
+        return f"<div><b>xr_aimz.Fit</b><table>{rows}</table>{''.join(parts)}</div>"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        sizes = self.posterior.sizes
+        bound = [f"{a.name} ← {', '.join(s.name for s in a.sources)}" for a in self.binding.arguments]
+        outcomes = ", ".join(result_name(self.binding, self.sites[n]) for n in self.observed)
+        facts = [
+            ("model", getattr(self.model, "__name__", repr(self.model))),
+            ("method", self.method),
+            ("draws", f"{sizes.get('chain', 0)} chains x {sizes.get('draw', 0)} draws"),
+            ("arguments", "; ".join(bound)),
+            ("outcomes", outcomes),
+            ("dims", f"{self.binding.dims} in layout {self.binding.layout!r}"),
+            ("latents", ", ".join(f"{n}{tuple(a.dims[2:])}" for n, a in self.posterior.items())),
+        ]
+        if self.losses is not None:
+            facts.append(("last loss", f"{float(self.losses[-1]):.6g}"))
+        trouble = diagnostics.concerns(self.posterior, self.sample_stats, self.losses)
+        facts.append(("concerns", "; ".join(trouble) or "none"))
+        return facts
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """The names of the observed sites."""
+        return tuple(name for name, site in self.sites.items() if site.kind == "observed")
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

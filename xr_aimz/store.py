@@ -1,0 +1,112 @@
+"""Results on disk: a lazy Dataset streamed to Zarr, block by block, and reopened.
+
+Chunks on disk are the blocks of the graph, so a task writes whole chunks and no two
+tasks share one. Metadata is consolidated last: a store that was cut short says so.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import dask
+import xarray as xr
+import zarr
+from dask.callbacks import Callback
+from tqdm.auto import tqdm
+
+from xr_aimz.errors import StoreError
+from xr_aimz.options import shows_progress
+
+__all__ = ["to_zarr"]
+
+INCOMPLETE = "xr_aimz_incomplete"
+
+
+def to_zarr(
+    ds: xr.Dataset,
+    store: str | os.PathLike[str],
+    *,
+    mode: str = "w-",
+    progress: bool | None = None,
+) -> xr.Dataset:
+    """Compute a lazy Dataset into a Zarr store, block by block, and open it again.
+
+    Parameters
+    ----------
+    ds : Dataset
+        Lazy, as :func:`xr_aimz.predict` gives it.
+    store : path
+    mode : {"w-", "w"}
+        ``"w-"`` refuses a store that exists; ``"w"`` replaces it.
+    progress : bool, optional
+        By default as :class:`xr_aimz.set_options` says.
+
+    Returns
+    -------
+    Dataset
+        The store, opened lazily.
+
+    Raises
+    ------
+    StoreError
+        The store exists and ``mode`` is not ``"w"``.
+
+    Notes
+    -----
+    Blosc lz4 with bitshuffle: predictive draws are noise, on which a stronger codec
+    spends time for nothing.
+    """
+    if mode not in ("w-", "w"):
+        raise StoreError(f"mode={mode!r}: there are 'w-' and 'w'")
+    if mode == "w-" and os.path.exists(store):
+        raise StoreError(f"{os.fspath(store)!r} exists; choose another path, or mode='w'")
+    uniform = ds.chunk({d: max(c) for d, c in ds.chunks.items() if len(set(c[:-1])) > 1})
+    marked = uniform.assign_attrs({INCOMPLETE: "this store was not written to its end"})
+    written = marked.to_zarr(
+        store, mode=mode, compute=False, consolidated=False, encoding=_encoding(uniform), zarr_format=3
+    )
+    with _bar(progress):
+        dask.compute(written)
+    group = zarr.open_group(store, mode="r+")
+    del group.attrs[INCOMPLETE]
+    with warnings.catch_warnings():
+        # Consolidated metadata is not in the v3 specification yet; xarray reads it all the
+        # same, https://github.com/zarr-developers/zarr-specs/pull/309.
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        zarr.consolidate_metadata(store)
+    return xr.open_zarr(store, consolidated=True)
+
+
+def _encoding(ds: xr.Dataset) -> dict[str, dict[str, Any]]:
+    codec = zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle")
+    return {
+        str(name): {"compressors": (codec,), "chunks": _chunks(array)}
+        for name, array in ds.data_vars.items()
+        if array.chunks is not None
+    }
+
+
+def _chunks(array: xr.DataArray) -> tuple[int, ...]:
+    return tuple(max(c) for c in array.chunks or ())
+
+
+def _bar(progress: bool | None) -> Any:
+    return _Bar() if shows_progress(progress) else nullcontext()
+
+
+class _Bar(Callback):
+    """A progress bar over the tasks of dask's local schedulers."""
+
+    def _start_state(self, dsk: Mapping[Any, Any], state: Mapping[str, Any]) -> None:
+        count = sum(len(state[kind]) for kind in ("ready", "waiting"))
+        self._tqdm = tqdm(total=count, desc="to_zarr", unit="task")
+
+    def _posttask(self, key: Any, value: Any, dsk: Any, state: Any, worker: Any) -> None:
+        self._tqdm.update()
+
+    def _finish(self, dsk: Any, state: Any, failed: bool) -> None:
+        self._tqdm.close()
