@@ -18,6 +18,11 @@ __all__ = ["Plan", "plan"]
 
 # A block of fewer cells spends its time on being a task; the draws are cut before that.
 _LEAST_CELLS = 1024
+# A task holds its outputs about four times over: XLA's buffers, the arrays cut from them,
+# the piece being encoded, the bytes to write. Outputs of a quarter also stay under the
+# 32 MiB above which glibc maps fresh pages for every buffer; those page faults took as
+# long as the draws themselves (docs/decisions/block-size.md).
+_COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,9 @@ def plan(
     bytes_per_draw : int
         What one draw of all outputs weighs over the whole Dataset.
     limit : int
-        The most bytes of a task's outputs.
+        The most bytes that a task may hold.
     """
+    limit = max(limit // _COPIES, 1)
     sizes = {d: inputs.sizes[d] for d in binding.dims}
     per_cell = max(bytes_per_draw / max(prod(sizes.values()), 1), 1e-9)
     if inputs.chunks:
