@@ -9,12 +9,16 @@ program serves all.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import dask.array as da
 import numpy as np
 import xarray as xr
+from dask._task_spec import DataNode, TaskRef
+from dask._task_spec import Task as GraphTask
+from dask.highlevelgraph import HighLevelGraph
 
 from xr_aimz.axes import dims_in_dataset
 from xr_aimz.binding import block_of
@@ -83,26 +87,41 @@ def lazy_sites(
     """
     chunks = {"chain": plan.chain, "draw": plan.draw, **plan.chunks}
     operands = _operands(task, inputs, latents, words)
-    described = tuple((kind, name, dims) for kind, name, dims, _ in operands)
-    shared = _single(Task(**{**vars(task), "operands": described}), f"task-{token}")
-    pairs: list[Any] = [shared, ()]
-    for _, name, dims, array in operands:
-        lazy = _chunked(array, dims, chunks, f"{name}-{token}")
-        pairs += [lazy, tuple(chunks_index(d, chunks, name) for d in dims)]
-    index = ("chain", "draw", *plan.chunks)
-    blocks = da.blockwise(
-        _run_block, index, *pairs, name=f"aimz-block-{token}", concatenate=True, dtype=object,
-        meta=np.empty((0,) * len(index), dtype=object), align_arrays=False,
-    )
+    described = replace(task, operands=tuple((kind, n, dims) for kind, n, dims, _ in operands))
+    lazy = [_chunked(a, dims, chunks, f"{n}-{token}") for _, n, dims, a in operands]
+    dims_of = [dims for _, _, dims, _ in operands]
+    blocks = _task_layer(described, lazy, dims_of, chunks, token)
     return {
-        site: _pick(blocks, index, site, dims, struct, f"aimz-{site}-{token}")
+        site: _pick(blocks, tuple(chunks), site, dims, struct, f"aimz-{site}-{token}")
         for site, (dims, struct) in outputs.items()
     }
 
 
-def chunks_index(dim: str, chunks: Mapping[str, Any], name: str) -> str:
-    """The index of a dimension in the graph: its own, unless it belongs to one operand."""
-    return dim if dim in chunks else f"{name}:{dim}"
+def _task_layer(
+    task: Task,
+    operands: list[da.Array],
+    dims_of: list[tuple[str, ...]],
+    chunks: Mapping[str, tuple[int, ...]],
+    token: str,
+) -> da.Array:
+    """An array of dicts, one a block, from one task each.
+
+    Written out rather than by ``blockwise``, which dask would fuse with what makes the
+    inputs: every run of draws of a block would then read and compute the block anew.
+    """
+    name, shared = f"aimz-block-{token}", f"aimz-task-{token}"
+    graph: dict[Any, Any] = {shared: DataNode(shared, task)}
+    for place in product(*(range(len(c)) for c in chunks.values())):
+        at = dict(zip(chunks, place, strict=True))
+        keys = [
+            TaskRef((operand.name, *(at.get(d, 0) for d in dims)))
+            for operand, dims in zip(operands, dims_of, strict=True)
+        ]
+        key = (name, *place)
+        graph[key] = GraphTask(key, _run_block, TaskRef(shared), *keys)
+    layers = HighLevelGraph.from_collections(name, graph, dependencies=operands)
+    meta = np.empty((0,) * len(chunks), dtype=object)
+    return da.Array(layers, name, chunks=tuple(chunks.values()), meta=meta)
 
 
 def _operands(
@@ -123,18 +142,6 @@ def _operands(
     for name, latent in latents.items():
         found.append(("latent", name, tuple(map(str, latent.dims)), latent.data))
     return found
-
-
-def _single(value: Any, name: str) -> da.Array:
-    """A value as a dask array without dims: sent to a worker once, not with each task."""
-    graph = {(name,): _Held(value)}
-    return da.Array(graph, name, chunks=(), dtype=object, meta=np.empty((), dtype=object))
-
-
-@dataclass(frozen=True, eq=False)
-class _Held:
-    # dask takes a bare dataclass in a graph apart to look for keys in it.
-    value: Any
 
 
 def _chunked(
@@ -167,9 +174,8 @@ def _take(block: Any, site: str) -> np.ndarray:
     return block[site]
 
 
-def _run_block(held: Any, *blocks: np.ndarray) -> dict[str, np.ndarray]:
+def _run_block(task: Task, *blocks: np.ndarray) -> dict[str, np.ndarray]:
     """The task: pad, run the compiled program over the draws, cut back."""
-    task = held.value if isinstance(held, _Held) else held.item().value
     binding = task.program.binding
     parts: dict[str, dict[str, np.ndarray]] = {"words": {}, "array": {}, "latent": {}}
     dims_of: dict[str, tuple[str, ...]] = {}

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import Array, lax
-from jax.extend.random import define_prng_impl, threefry2x32_p
+from jax.extend.random import define_prng_impl
 from numpyro.distributions.util import lazy_property
 
 from xr_aimz.errors import RandomnessError
+from xr_aimz.threefry import threefry
 
 __all__ = ["COUNTED", "ForeignShapeError", "draw_by_cell", "draw_by_counter", "fold"]
 
@@ -60,7 +61,7 @@ def fold(key: Words, words: Words) -> Array:
         uint32 of the shape of ``words``, a key for each pair.
     """
     key, words = jnp.asarray(key, jnp.uint32), jnp.asarray(words, jnp.uint32)
-    halves = threefry2x32_p.bind(key[0], key[1], words[..., 0], words[..., 1])
+    halves = threefry((key[0], key[1]), (words[..., 0], words[..., 1]))
     return jnp.stack(halves, -1)
 
 
@@ -268,7 +269,9 @@ def _generator(batch: Shape, lead: Shape, trail: Shape) -> Hashable:
         if tuple(shape) != lead + batch + trail:
             raise ForeignShapeError
         counter = _counters(data[2:], batch, lead, trail)
-        return _bits(threefry2x32_p.bind(data[0], data[1], *counter), bit_width)
+        bits = _bits(threefry((data[0], data[1]), counter), bit_width)
+        # Fused with a sampler that reads its bits twice, XLA would make them twice.
+        return lax.optimization_barrier(bits)
 
     def refuse(*_: Any) -> Array:
         raise ForeignShapeError
@@ -284,7 +287,9 @@ def _generator(batch: Shape, lead: Shape, trail: Shape) -> Hashable:
     )
 
 
-def _counters(words: Array, batch: Shape, lead: Shape, trail: Shape) -> list[Array]:
+def _counters(
+    words: Array, batch: Shape, lead: Shape, trail: Shape
+) -> tuple[Array, Array]:
     """Both halves of every counter: the sum of its axes' words and its place in the event."""
     rank = len(lead) + len(batch) + len(trail)
     halves = [jnp.zeros((1,) * rank, jnp.uint32)] * 2
@@ -302,7 +307,8 @@ def _counters(words: Array, batch: Shape, lead: Shape, trail: Shape) -> list[Arr
             h + _mixed(place ^ jnp.uint32(c)).reshape(shape)
             for h, c in zip(halves, _SALT, strict=True)
         ]
-    return [jnp.broadcast_to(half, lead + batch + trail) for half in halves]
+    high, low = (jnp.broadcast_to(half, lead + batch + trail) for half in halves)
+    return high, low
 
 
 def _mixed(x: Array) -> Array:

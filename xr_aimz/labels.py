@@ -25,6 +25,7 @@ _WORKS = (
     "labels can be floats, integers, booleans, strings, datetime64, timedelta64, cftime "
     "dates, or a MultiIndex of these"
 )
+_PIECE = 2**16
 _SECOND = 10**9
 _NANOSECONDS = {
     "W": 7 * 86400 * _SECOND,
@@ -213,8 +214,13 @@ def _calendar(date: Any) -> dict[str, Any]:
 
 
 def _words(dim: str, bits: np.ndarray) -> np.ndarray:
-    # Mixing before and after the name keeps neighbours apart and dimensions unrelated.
-    return _halves(_mixed(_mixed(bits) ^ _name_hash(dim)))
+    words = np.empty((len(bits), 2), np.uint32)
+    # In pieces: the mixing's own arrays would weigh several times what it returns.
+    for start in range(0, len(bits), _PIECE):
+        piece = bits[start : start + _PIECE]
+        # Mixing before and after the name keeps neighbours apart and dimensions unrelated.
+        words[start : start + _PIECE] = _halves(_mixed(_mixed(piece) ^ _name_hash(dim)))
+    return words
 
 
 def _halves(hashes: np.ndarray) -> np.ndarray:

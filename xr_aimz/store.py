@@ -57,7 +57,7 @@ def to_zarr(
 
     Notes
     -----
-    Blosc lz4 with bitshuffle: predictive draws are noise, on which a stronger codec
+    Blosc lz4 with byte shuffle: predictive draws are noise, on which a stronger codec
     spends time for nothing.
     """
     if mode not in ("w-", "w"):
@@ -67,7 +67,14 @@ def to_zarr(
     uniform = ds.chunk({d: max(c) for d, c in ds.chunks.items() if len(set(c[:-1])) > 1})
     marked = uniform.assign_attrs({INCOMPLETE: "this store was not written to its end"})
     written = marked.to_zarr(
-        store, mode=mode, compute=False, consolidated=False, encoding=_encoding(uniform), zarr_format=3
+        store,
+        mode=mode,
+        compute=False,
+        consolidated=False,
+        encoding=_encoding(uniform),
+        zarr_format=3,
+        # Looking for chunks that are all fill value costs a pass over every draw.
+        write_empty_chunks=True,
     )
     with _bar(progress):
         dask.compute(written)
@@ -82,7 +89,7 @@ def to_zarr(
 
 
 def _encoding(ds: xr.Dataset) -> dict[str, dict[str, Any]]:
-    codec = zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle")
+    codec = zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="shuffle")
     return {
         str(name): {"compressors": (codec,), "chunks": _chunks(array)}
         for name, array in ds.data_vars.items()
