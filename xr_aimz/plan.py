@@ -93,5 +93,16 @@ def _even(length: int, most: int) -> tuple[int, ...]:
 def _cut_draws(shape: tuple[int, int], most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     chains, draws = shape
     if most >= chains:
-        return (chains,), _even(draws, min(most // chains, draws))
-    return (1,) * chains, _even(draws, min(most, draws))
+        return (chains,), _runs(draws, min(most // chains, draws))
+    return (1,) * chains, _runs(draws, min(most, draws))
+
+
+def _runs(draws: int, most: int) -> tuple[int, ...]:
+    """Runs of at most ``most`` draws, all equal if that takes few more of them."""
+    # Each length of run is a program to compile; a length with divisors maps evenly.
+    least = -(-draws // most)
+    for pieces in range(least, 2 * least + 1):
+        length = draws // pieces
+        if draws % pieces == 0 and (length < 8 or any(length % n == 0 for n in range(8, 17))):
+            return (length,) * pieces
+    return _even(draws, most)

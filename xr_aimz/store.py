@@ -7,6 +7,7 @@ tasks share one. Metadata is consolidated last: a store that was cut short says 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -66,18 +67,17 @@ def to_zarr(
         raise StoreError(f"{os.fspath(store)!r} exists; choose another path, or mode='w'")
     uniform = ds.chunk({d: max(c) for d, c in ds.chunks.items() if len(set(c[:-1])) > 1})
     marked = uniform.assign_attrs({INCOMPLETE: "this store was not written to its end"})
-    written = marked.to_zarr(
-        store,
-        mode=mode,
-        compute=False,
-        consolidated=False,
-        encoding=_encoding(uniform),
-        zarr_format=3,
-        # Looking for chunks that are all fill value costs a pass over every draw.
-        write_empty_chunks=True,
-    )
-    with _bar(progress):
-        dask.compute(written)
+    with _bar(progress), _scheduler():
+        # Not compute=False and a later compute: dask.delayed would copy and rename the graph.
+        marked.to_zarr(
+            store,
+            mode=mode,
+            consolidated=False,
+            encoding=_encoding(uniform),
+            zarr_format=3,
+            # Looking for chunks that are all fill value costs a pass over every draw.
+            write_empty_chunks=True,
+        )
     group = zarr.open_group(store, mode="r+")
     del group.attrs[INCOMPLETE]
     with warnings.catch_warnings():
@@ -99,6 +99,15 @@ def _encoding(ds: xr.Dataset) -> dict[str, dict[str, Any]]:
 
 def _chunks(array: xr.DataArray) -> tuple[int, ...]:
     return tuple(max(c) for c in array.chunks or ())
+
+
+def _scheduler() -> Any:
+    """Threads, where nobody asked for anything else."""
+    # Without a scheduler dask imports distributed, half a second, to look for a client:
+    # there is none where nobody has imported it.
+    if "distributed" in sys.modules or dask.config.get("scheduler", None) is not None:
+        return nullcontext()
+    return dask.config.set(scheduler="threads")
 
 
 def _bar(progress: bool | None) -> Any:
