@@ -21,9 +21,10 @@ __all__ = ["concerns", "ess_bulk", "ess_tail", "rhat", "summarize"]
 
 RHAT_LIMIT = 1.01
 ESS_PER_CHAIN = 100
-# A loss is still falling when its last tenth lies this many standard errors below the
-# tenth before it: a guess, tested on converged and unconverged fits.
-FALLING_ERRORS = 4.0
+# A loss is still falling when its last tenth lies below the tenth before it by this many
+# standard errors, and by this many nats a latent value: a guide whose sd is 10 % off loses
+# half of that by it. Both are guesses, tried on converged and unconverged fits.
+FALLING_ERRORS, FALLING_NATS = 4.0, 0.01
 
 
 def rhat(x: np.ndarray) -> np.ndarray:
@@ -84,7 +85,7 @@ def concerns(
             "target_accept_prob, or reparameterize"
         )
     if losses is not None:
-        found += _loss_concerns(losses.values)
+        found += _loss_concerns(losses.values, _latent_count(posterior))
     elif posterior.sizes.get("chain", 0):
         found += _chain_concerns(summarize(posterior), posterior.sizes["chain"])
     return found
@@ -106,7 +107,11 @@ def _chain_concerns(table: xr.Dataset, chains: int) -> list[str]:
     return found
 
 
-def _loss_concerns(losses: np.ndarray) -> list[str]:
+def _latent_count(posterior: xr.Dataset) -> int:
+    return sum(a.isel(chain=0, draw=0).size for a in posterior.values())
+
+
+def _loss_concerns(losses: np.ndarray, latents: int) -> list[str]:
     bad = int(np.sum(~np.isfinite(losses)))
     if bad:
         return [f"{bad} of {len(losses)} losses are not finite: lower the learning rate"]
@@ -116,7 +121,7 @@ def _loss_concerns(losses: np.ndarray) -> list[str]:
         return []
     error = np.sqrt(last.var() / len(last) + before.var() / len(before))
     drop = before.mean() - last.mean()
-    if drop > FALLING_ERRORS * error:
+    if drop > max(FALLING_ERRORS * error, FALLING_NATS * latents):
         return [
             f"the loss is still falling: {before.mean():.6g}, then {last.mean():.6g} over the "
             f"last two tenths of {len(losses)} steps; take more"

@@ -82,10 +82,11 @@ def fit(
     chains, warmup : int, default 4 and 1000
         For MCMC. Chains run in parallel over devices where there are enough, else
         vectorized on one.
-    steps : int, default 5000
+    steps : int, default 10000
         For SVI.
     optimizer : optional
-        For SVI: an optimizer of NumPyro or optax, or a learning rate for Adam (0.01).
+        For SVI: an optimizer of NumPyro or optax, or a learning rate for Adam (0.05), which
+        shrinks to a thousandth over the steps.
     init : optional
         Values by site, or a strategy such as ``numpyro.infer.init_to_median``.
     seed : int

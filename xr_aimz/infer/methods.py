@@ -50,7 +50,9 @@ def inference(
         guide = None if method == "svi" else method
         if isinstance(method, AutoGuide):
             _same_model(model, method)
-        return _variational(svi.svi_for(model, guide, optimizer, init), options, seed, progress)
+        steps = options.get("steps", svi.STEPS)
+        made = svi.svi_for(model, guide, optimizer, init, steps)
+        return _variational(made, options, seed, progress)
     raise OptionError(
         f"method={method!r}: there are 'nuts', 'svi', and NumPyro's own kernels, MCMC, SVI and "
         "autoguides"
@@ -60,7 +62,7 @@ def inference(
 def _variational(
     inference: SVI, options: dict[str, Any], seed: int, progress: bool
 ) -> Callable[[Problem], Draws]:
-    settings = {"draws": 1000, "steps": 5000, **options}
+    settings = {"draws": 1000, "steps": svi.STEPS, **options}
     return lambda problem: svi.run(problem, inference, seed=seed, progress=progress, **settings)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import numpyro
+from jax.example_libraries.optimizers import exponential_decay
 from numpyro.infer import SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from tqdm.auto import tqdm
@@ -23,27 +24,30 @@ from xr_aimz.infer.mcmc import init_strategy
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.model import tracing
 
-__all__ = ["run", "svi_for"]
+__all__ = ["STEPS", "run", "svi_for"]
 
+STEPS, LEARNING_RATE = 10_000, 0.05
 _PIECES = 50
 
 
-def svi_for(model: Callable, guide: Any, optimizer: Any, init: Any) -> SVI:
-    """An ``SVI`` from a guide (class, instance or function) and an optimizer."""
+def svi_for(model: Callable, guide: Any, optimizer: Any, init: Any, steps: int) -> SVI:
+    """An ``SVI`` from an autoguide (class or instance) and an optimizer."""
     if guide is None or (inspect.isclass(guide) and issubclass(guide, AutoGuide)):
         made = (guide or AutoNormal)(model, init_loc_fn=init_strategy(init))
     elif init is not None:
         raise OptionError("init= goes with an autoguide class; this guide has its own start")
     else:
         made = guide
-    return SVI(model, made, _optimizer(optimizer), Trace_ELBO())
+    return SVI(model, made, _optimizer(optimizer, steps), Trace_ELBO())
 
 
-def _optimizer(optimizer: Any) -> Any:
-    if optimizer is None:
-        return numpyro.optim.Adam(0.01)
-    if isinstance(optimizer, (int, float)):
-        return numpyro.optim.Adam(float(optimizer))
+def _optimizer(optimizer: Any, steps: int) -> Any:
+    """Adam, whose step shrinks to a thousandth, from a learning rate; else as given."""
+    # A constant step ends in a cloud around the optimum as wide as the step; the sds of a
+    # guide are wrong by as much.
+    if optimizer is None or isinstance(optimizer, (int, float)):
+        rate = LEARNING_RATE if optimizer is None else float(optimizer)
+        return numpyro.optim.Adam(exponential_decay(rate, steps, 1e-3))
     return optimizer
 
 

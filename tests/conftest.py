@@ -1,0 +1,46 @@
+"""Settings of Hypothesis, and the fits that several modules share."""
+
+import os
+
+# Workers of pytest-xdist would each take three quarters of a GPU's memory for themselves.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import HealthCheck, Phase, settings
+
+import strategies
+import xr_aimz
+
+# A first example of a shape compiles for a second, which Hypothesis would take for a fault.
+_COMMON = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+settings.register_profile("ci", max_examples=12, derandomize=True, database=None, **_COMMON)
+settings.register_profile("thorough", max_examples=200, **_COMMON)
+settings.register_profile(
+    "find", max_examples=200, phases=[Phase.explicit, Phase.generate], **_COMMON
+)
+settings.load_profile(os.environ.get("XR_AIMZ_HYPOTHESIS", "ci"))
+
+
+@pytest.fixture(scope="session")
+def line():
+    """A regression with known noise, whose posterior has a closed form: (Dataset, Fit)."""
+    rng = np.random.default_rng(0)
+    x, z = rng.normal(size=(2, 40))
+    y = 0.5 * x - 1.5 * z + strategies.NOISE * rng.normal(size=40)
+    ds = xr.Dataset({"x": ("row", x), "z": ("row", z), "y": ("row", y)})
+    fit = ds.aimz.fit(
+        strategies.regression,
+        {"X": ["x", "z"]},
+        warmup=500,
+        draws=2000,
+        chains=2,
+        progress=False,
+    )
+    assert isinstance(fit, xr_aimz.Fit)
+    return ds, fit
