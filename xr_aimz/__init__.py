@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-from xr_aimz import accessor as _accessor
+from xr_aimz import accessor as accessor
 from xr_aimz import errors
 from xr_aimz.options import get_options, set_options
 

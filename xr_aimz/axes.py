@@ -48,9 +48,7 @@ def with_dims(
     lengths = _lengths(binding, sizes)
     probe = {s.name: s for s in probed or ()}
     probe_lengths = _lengths(binding, probe_sizes(binding, sizes))
-    around = {
-        (p.name, p.dim) for s in sites if s.kind == "observed" for p in s.plates
-    }
+    around = {(p.name, p.dim) for s in sites if s.kind == "observed" for p in s.plates}
     found = []
     for site in sites:
         moved = _moved(site, probe.get(site.name), lengths, probe_lengths)
@@ -112,13 +110,18 @@ def _dims(
 
 def _batch_ndim(site: Site, lengths: Mapping[str, int]) -> int:
     """How many leading axes of a deterministic broadcast against the outcome's batch."""
-    depth = max([len(lengths) if len(site.shape) >= len(lengths) else 0]
-                + [-p.dim for p in site.plates])
+    depth = max(
+        [len(lengths) if len(site.shape) >= len(lengths) else 0] + [-p.dim for p in site.plates]
+    )
     return min(depth, len(site.shape))
 
 
 def _plate_dim(
-    name: str, size: int, by_place: str | None, lengths: Mapping[str, int], sizes: Mapping[str, int]
+    name: str,
+    size: int,
+    by_place: str | None,
+    lengths: Mapping[str, int],
+    sizes: Mapping[str, int],
 ) -> str:
     if by_place is not None and size == lengths[by_place]:
         return by_place
@@ -156,7 +159,10 @@ def dims_in_dataset(site: Site, binding: Binding) -> tuple[str, ...]:
 
 
 def shape_in_dataset(
-    dims: tuple[str | None, ...], binding: Binding, sizes: Mapping[str, int], shape: tuple[int, ...]
+    dims: tuple[str | None, ...],
+    binding: Binding,
+    sizes: Mapping[str, int],
+    shape: tuple[int, ...],
 ) -> tuple[int, ...]:
     """The shape, in a Dataset, of a block's value with those dims and that shape."""
     lengths: list[int] = []
@@ -168,9 +174,7 @@ def shape_in_dataset(
     return tuple(lengths)
 
 
-def shape_in_model(
-    site: Site, binding: Binding, sizes: Mapping[str, int]
-) -> tuple[int, ...]:
+def shape_in_model(site: Site, binding: Binding, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape that the model gives a site, for one block: the way back."""
     lengths = _lengths(binding, sizes)
     fixed = zip(site.dims, site.shape, strict=True)

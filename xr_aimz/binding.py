@@ -1,14 +1,15 @@
 """Which variable is which argument, and how its array reaches the model.
 
 A :class:`Binding` is made once, at the fit, from names: arguments are variables. It is
-then applied to any Dataset (:func:`xr_aimz.inputs.gather`), which checks that the Dataset is one that
-the fit could have seen, and to any block of arrays (:func:`arrange`), which lays them
-out against the outcome. It holds names, dims, labels and units, never the data.
+then applied to any Dataset (:func:`xr_aimz.inputs.gather`), which checks that the
+Dataset is one that the fit could have seen, and to any block of arrays
+(:func:`arrange`), which lays them out against the outcome. It holds names, dims, labels
+and units; data only where a DataArray was given in place of a name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -215,7 +216,9 @@ def labels_of(
     found: dict[str, pd.Index] = {}
     for argument in arguments:
         for source in argument.sources:
-            array = source.data if source.data is not None else find(ds, source.name, argument.name)
+            array = (
+                source.data if source.data is not None else find(ds, source.name, argument.name)
+            )
             found |= {str(d): i for d, i in array.indexes.items() if d not in dims}
     return found
 
@@ -265,9 +268,9 @@ def _table(array: Any, dims: tuple[str, ...], observation: tuple[str, ...], size
     return jnp.reshape(whole, (rows, *extra))
 
 
-def block_of(binding: Binding, sizes: Mapping[Hashable, int]) -> Block:
+def block_of(binding: Binding, sizes: Mapping[str, int]) -> Block:
     """The block of those sizes, with the batch axis of each observation dimension."""
     rank = len(binding.dims)
     table = binding.layout == "table"
     places = {d: -1 if table else i - rank for i, d in enumerate(binding.dims)}
-    return Block({str(d): int(n) for d, n in sizes.items()}, places, table)
+    return Block(dict(sizes), places, table)

@@ -18,6 +18,7 @@ import numpy as np
 import xarray as xr
 from dask._task_spec import DataNode, TaskRef
 from dask._task_spec import Task as GraphTask
+from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
 from xr_aimz.axes import dims_in_dataset
@@ -41,6 +42,8 @@ class Task:
     ----------
     name : str
         The fingerprint under which the compiled program is kept.
+    identity : str
+        The token of the fit: which draws of the latents and values of params these are.
     factory : callable
         Makes the kernel: :func:`xr_aimz.kernel.predictive` or ``log_likelihood``.
     program : Program
@@ -53,6 +56,7 @@ class Task:
     """
 
     name: str
+    identity: str
     factory: Factory
     program: Program
     seed: np.ndarray
@@ -69,7 +73,6 @@ def lazy_sites(
     latents: Mapping[str, xr.DataArray],
     words: Mapping[str, np.ndarray],
     outputs: Mapping[str, tuple[tuple[str, ...], Any]],
-    token: str,
 ) -> dict[str, da.Array]:
     """A dask array for each site, dims ``(chain, draw, *dims)``.
 
@@ -82,9 +85,11 @@ def lazy_sites(
     words : mapping of ``chain`` and ``draw`` to array of uint32 (n, 2)
     outputs : mapping of site to (dims, struct)
         ``struct`` has the shape of one draw of a whole padded block, and the dtype.
-    token : str
-        Names the graph: equal tokens, equal values.
     """
+    # Equal tokens, equal values: what dask may share between two graphs.
+    labels = {d: inputs.labels.get(d) for d in task.program.binding.dims}
+    arrays = dict(inputs.arrays)
+    token = tokenize(task.identity, task.name, task.seed, plan, words, labels, arrays)
     chunks = {"chain": plan.chain, "draw": plan.draw, **plan.chunks}
     operands = _operands(task, inputs, latents, words)
     described = replace(task, operands=tuple((kind, n, dims) for kind, n, dims, _ in operands))
@@ -119,7 +124,7 @@ def _task_layer(
         ]
         key = (name, *place)
         graph[key] = GraphTask(key, _run_block, TaskRef(shared), *keys)
-    layers = HighLevelGraph.from_collections(name, graph, dependencies=operands)
+    layers = HighLevelGraph.from_collections(name, graph, dependencies=operands)  # type: ignore[arg-type] # dask's own arrays
     meta = np.empty((0,) * len(chunks), dtype=object)
     return da.Array(layers, name, chunks=tuple(chunks.values()), meta=meta)
 
@@ -154,15 +159,27 @@ def _chunked(
 
 
 def _pick(
-    blocks: da.Array, index: tuple[str, ...], site: str, dims: tuple[str, ...], struct: Any, name: str
+    blocks: da.Array,
+    index: tuple[str, ...],
+    site: str,
+    dims: tuple[str, ...],
+    struct: Any,
+    name: str,
 ) -> da.Array:
     # What does not vary along a dimension is the same in each of its blocks: the first.
     here = tuple(slice(None) if d in ("chain", "draw", *dims) else slice(0, 1) for d in index)
     lengths = dict(zip(dims, struct.shape, strict=True))
     return da.blockwise(
-        _take, ("chain", "draw", *dims), blocks.blocks[here], index, site=site, name=name,
-        new_axes={d: n for d, n in lengths.items() if d not in index}, concatenate=None,
-        dtype=struct.dtype, meta=np.empty((0,) * (2 + len(dims)), struct.dtype),
+        _take,
+        ("chain", "draw", *dims),
+        blocks.blocks[here],
+        index,
+        site=site,
+        name=name,
+        new_axes={d: n for d, n in lengths.items() if d not in index},
+        concatenate=None,
+        dtype=struct.dtype,
+        meta=np.empty((0,) * (2 + len(dims)), struct.dtype),
         align_arrays=False,
     )
 
@@ -183,8 +200,9 @@ def _run_block(task: Task, *blocks: np.ndarray) -> dict[str, np.ndarray]:
         value = block if kind == "words" else to_device_dtype(name, block)
         parts[kind][name] = _padded(value, dims, task.padded)
         dims_of[name] = dims
-    lengths = {d: len(b) for (kind, d, _), b in zip(task.operands, blocks, strict=True)
-               if kind == "words"}
+    lengths = {
+        d: len(b) for (kind, d, _), b in zip(task.operands, blocks, strict=True) if kind == "words"
+    }
     sizes = {**task.sizes, **task.padded}
     shape = (lengths["chain"], lengths["draw"])
     outputs = run(
@@ -215,9 +233,7 @@ def _over_draws(parts: Mapping[str, Mapping[str, np.ndarray]], shape: tuple[int,
     }
 
 
-def _padded(
-    block: np.ndarray, dims: tuple[str, ...], padded: Mapping[str, int]
-) -> np.ndarray:
+def _padded(block: np.ndarray, dims: tuple[str, ...], padded: Mapping[str, int]) -> np.ndarray:
     spare = [padded.get(d, n) - n for d, n in zip(dims, block.shape, strict=True)]
     if not any(spare):
         return block

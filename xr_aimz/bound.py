@@ -176,9 +176,7 @@ def _agrees(bound: Bound, event_ndim: int) -> bool:
     return max(found)[1] == event_ndim if found else True
 
 
-def _check_observed(
-    bound: Bound, signature: tuple[Parameter, ...], observed: list[Site]
-) -> None:
+def _check_observed(bound: Bound, signature: tuple[Parameter, ...], observed: list[Site]) -> None:
     model = getattr(bound.model, "__name__", repr(bound.model))
     if not observed:
         absent = [p.name for p in signature if p.name not in _bound_names(bound)]

@@ -223,7 +223,7 @@ def _part(
         return _cell(value, batch, inner + own, *recurse)
     if isinstance(value, list | tuple) and any(isinstance(v, dist.Distribution) for v in value):
         builds = [_part(fn, name, item, batch, inner, recurse) for item in value]
-        return lambda values: type(value)(build(values) for build in builds)
+        return lambda values: type(value)(build(values) for build in builds if build)
     rank = _event_rank(type(fn), name)
     if rank is None or not _is_array(value):
         return None
@@ -287,15 +287,13 @@ def _generator(batch: Shape, lead: Shape, trail: Shape) -> Hashable:
     )
 
 
-def _counters(
-    words: Array, batch: Shape, lead: Shape, trail: Shape
-) -> tuple[Array, Array]:
+def _counters(words: Array, batch: Shape, lead: Shape, trail: Shape) -> tuple[Array, Array]:
     """Both halves of every counter: the sum of its axes' words and its place in the event."""
     rank = len(lead) + len(batch) + len(trail)
     halves = [jnp.zeros((1,) * rank, jnp.uint32)] * 2
     start = 0
     for axis, n in enumerate(batch, len(lead)):
-        shape = [n if i == axis else 1 for i in range(rank)]
+        shape = tuple(n if i == axis else 1 for i in range(rank))
         for half in range(2):
             part = words[start : start + n]
             halves[half] = halves[half] + part.reshape(shape)

@@ -84,7 +84,7 @@ def draw_map(slope: xr.DataArray, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for panel, values, title in zip(axes, (mean, sd), ("warming", "posterior sd"), strict=True):
         labelled = values.assign_attrs(units="K / 10 years", long_name=title)
-        labelled.plot(ax=panel, cmap="inferno", robust=True)
+        labelled.plot(ax=panel, cmap="inferno", robust=True)  # type: ignore[call-arg] # an accessor, which mypy takes for a method
         panel.set_title(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -45,7 +45,9 @@ class Description:
         for name, (header, rows) in self.tables.items():
             head = "".join(f"<th style='text-align:left'>{escape(h)}</th>" for h in header)
             body = "".join(
-                "<tr>" + "".join(f"<td style='text-align:left'>{escape(c)}</td>" for c in row) + "</tr>"
+                "<tr>"
+                + "".join(f"<td style='text-align:left'>{escape(c)}</td>" for c in row)
+                + "</tr>"
                 for row in rows
             )
             parts.append(
@@ -127,18 +129,22 @@ def _sites(bound: Bound) -> tuple[Sequence[str], Rows]:
     header = ("site", "is", "distribution", "plates", "dims", "bytes a draw")
     rows = []
     for site in bound.sites.values():
-        kind = {"observed": f"outcome {result_name(bound.binding, site)}"}.get(site.kind, site.kind)
+        kind = {"observed": f"outcome {result_name(bound.binding, site)}"}.get(
+            site.kind, site.kind
+        )
         dims = dims_in_dataset(site, bound.binding)
         local = site.kind == "latent" and set(dims) & set(bound.binding.dims)
         size = "" if site.dtype is None else _bytes(int(np.prod(site.shape)) * site.dtype.itemsize)
-        rows.append((
-            site.name,
-            f"{kind}, local" if local else kind,
-            site.distribution,
-            ", ".join(p.name for p in site.plates),
-            ", ".join(dims),
-            size,
-        ))
+        rows.append(
+            (
+                site.name,
+                f"{kind}, local" if local else kind,
+                site.distribution,
+                ", ".join(p.name for p in site.plates),
+                ", ".join(dims),
+                size,
+            )
+        )
     return header, rows
 
 

@@ -157,5 +157,3 @@ def _avals(tree: Any) -> Any:
 
 def _signature(block: Block) -> Any:
     return tuple(sorted(block.sizes.items())), tuple(sorted(block.places.items())), block.table
-
-

@@ -220,7 +220,7 @@ def assemble(bound: Bound, posterior: xr.Dataset, drawn: Draws) -> Fit:
         losses=losses,
         params=drawn.params,
         method=drawn.method,
-        attrs={name: dict(arrays[name].attrs) for name in outcomes},
+        attrs={a.name: dict(arrays[a.sources[0].name].attrs) for a in binding.outcomes},
         observed_data=xr.Dataset({n: a for n, a in arrays.items() if n in outcomes}),
         constant_data=xr.Dataset({n: a for n, a in arrays.items() if n not in outcomes}),
     )
@@ -229,5 +229,3 @@ def assemble(bound: Bound, posterior: xr.Dataset, drawn: Draws) -> Fit:
 def _warn(fitted: Fit) -> None:
     for concern in diagnostics.concerns(fitted.posterior, fitted.sample_stats, fitted.losses):
         warnings.warn(concern, ConvergenceWarning, stacklevel=4)
-
-

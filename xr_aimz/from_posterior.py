@@ -57,7 +57,9 @@ def from_posterior(
     latent = [name for name, s in bound.sites.items() if s.kind == "latent"]
     known = {name: _find_draws(given, name) for name in latent}
     labelled = [_relabel(known[name], name, bound) for name in latent]
-    draws = xr.merge([a.to_dataset() for a in labelled], join="exact") if labelled else xr.Dataset()
+    draws = (
+        xr.merge([a.to_dataset() for a in labelled], join="exact") if labelled else xr.Dataset()
+    )
     return assemble(bound, draws, Draws({}, "draws made elsewhere", params=dict(params or {})))
 
 

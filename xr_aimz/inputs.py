@@ -166,7 +166,7 @@ def _check_array(
         raise ChunkError(
             f"{what} is chunked along core_dim {chunked!r}, in "
             f"{[len(array.chunksizes[d]) for d in chunked]!r} pieces; the model needs it whole: "
-            f"ds.chunk({ {d: -1 for d in chunked}!r})"
+            f"ds.chunk({dict.fromkeys(chunked, -1)!r})"
         )
     units = array.attrs.get("units")
     if units is not None and source.units is not None and str(units) != source.units:
@@ -180,7 +180,9 @@ def _check_dtype(what: str, argument: Argument, source: Source, array: xr.DataAr
     kind = array.dtype.kind
     if kind in "fiub":
         return
-    dates = kind in "mM" or (kind == "O" and xr.core.common.contains_cftime_datetimes(array))
+    dates = kind in "mM" or (
+        kind == "O" and xr.core.common.contains_cftime_datetimes(array.variable)
+    )
     if dates:
         raise DtypeError(
             f"{what} holds dates ({array.dtype}); a model takes numbers. Give it a decimal year: "

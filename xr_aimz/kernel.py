@@ -28,6 +28,8 @@ __all__ = ["Program", "log_likelihood", "predictive"]
 # A call has `draw`: {"chain", "draw": uint32 (2,), "latents": {site: array}}
 # and `shared`: {"seed": int, "arrays": {source: array}, "words": {dim: uint32 (n, 2)},
 # "params": {site: pytree}}.
+Dims = tuple[str | None, ...]
+Addresses = Mapping[str | None, jax.Array]
 Call = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, jax.Array]]
 
 
@@ -99,11 +101,11 @@ def _drawer(
     program: Program, block: Block, words: Mapping[str, jax.Array], key: jax.Array
 ) -> Callable[[Mapping[str, Any]], jax.Array | None]:
     """A substitution that draws whatever the posterior does not hold, by label."""
-    table = {}
+    table: dict[str | None, jax.Array] = {}
     if program.binding.layout == "table":
         cells = keys.combine([words[d] for d in program.binding.dims])
         table[TABLE] = jnp.reshape(cells, (-1, 2))
-    addresses = {**words, **table}
+    addresses: Addresses = {**table, **dict(words.items())}
 
     def draw(message: Mapping[str, Any]) -> jax.Array | None:
         if message["type"] != "sample" or message["value"] is not None:
@@ -122,7 +124,7 @@ def _drawer(
     return draw
 
 
-def _whole(fn: Any, site: Site, dims: tuple[str | None, ...], addresses: Mapping[str, Any]) -> Any:
+def _whole(fn: Any, site: Site, dims: Dims, addresses: Addresses) -> Any:
     """An outcome has a draw for every cell, even where its parameters only broadcast."""
     if site.kind != "observed":
         return fn
@@ -131,13 +133,11 @@ def _whole(fn: Any, site: Site, dims: tuple[str | None, ...], addresses: Mapping
     return fn if shape == fn.batch_shape else fn.expand(shape)
 
 
-def _address(
-    fn: Any, site: Site, dims: tuple[str | None, ...], addresses: Mapping[str, Any]
-) -> list[jax.Array]:
+def _address(fn: Any, site: Site, dims: Dims, addresses: Addresses) -> list[keys.Words]:
     batch = fn.batch_shape
     dims = (None,) * (len(batch) - len(dims)) + dims
     named = dims[len(dims) - len(batch) :]
-    found = []
+    found: list[keys.Words] = []
     for axis, (dim, length) in enumerate(zip(named, batch, strict=True)):
         if dim not in addresses:
             found.append(keys.positions(len(batch) - axis, length))

@@ -16,10 +16,11 @@ import xarray as xr
 
 from xr_aimz.axes import dims_in_dataset, shape_in_dataset
 from xr_aimz.binding import FEATURE, Binding
+from xr_aimz.errors import DimensionError, LabelError
 from xr_aimz.inputs import Inputs
 from xr_aimz.model import Site
 
-__all__ = ["label", "result_name", "with_coords"]
+__all__ = ["label", "on_labels", "result_name", "with_coords"]
 
 
 def result_name(binding: Binding, site: Site) -> str:
@@ -81,3 +82,39 @@ def extra_labels(binding: Binding) -> dict[str, pd.Index]:
     if len(stacked) == 1:
         labels[FEATURE] = pd.Index([s.name for s in stacked[0].sources], name=FEATURE)
     return labels
+
+
+def on_labels(posterior: xr.Dataset, site: Site, binding: Binding, inputs: Inputs) -> xr.DataArray:
+    """A latent site's draws, those of a local one on the labels that the inputs have.
+
+    Raises
+    ------
+    DimensionError, LabelError
+        The fit never saw a label, or there are none to tell entries apart.
+    """
+    dims = ("chain", "draw", *dims_in_dataset(site, binding))
+    array = posterior[result_name(binding, site)].transpose(*dims)
+    for dim in (d for d in binding.dims if d in dims):
+        here, there = inputs.labels.get(dim), array.indexes.get(dim)
+        if here is None or there is None:
+            _check_unlabelled(site, dim, array, inputs)
+        elif not here.equals(there):
+            absent = here.difference(there)
+            if len(absent):
+                raise LabelError(
+                    f"latent site {site.name!r} has no draws for {len(absent)} labels of "
+                    f"{dim!r}, {list(absent[:3])!r} among them: the fit never saw them. Select "
+                    "those that it saw, or fit with them"
+                )
+            array = array.sel({dim: here})
+    return array
+
+
+def _check_unlabelled(site: Site, dim: str, array: xr.DataArray, inputs: Inputs) -> None:
+    has = {"fit": dim in array.indexes, "Dataset": dim in inputs.labels}
+    if any(has.values()) or inputs.sizes[dim] != array.sizes[dim]:
+        labelled = ", ".join(f"the {k} {'has' if v else 'has no'} labels" for k, v in has.items())
+        raise DimensionError(
+            f"latent site {site.name!r} has {array.sizes[dim]} entries along {dim!r}, and the "
+            f"Dataset {inputs.sizes[dim]}; {labelled} there. Give both the same coordinate"
+        )

@@ -77,9 +77,9 @@ class Plate:
 class Site:
     """A site of a model: what one trace on shapes tells of it.
 
-    ``trained`` params have values to optimize. ``dims`` names each axis of the value once the axes have been matched with the
-    Dataset (see :mod:`xr_aimz.axes`); ``None`` marks an axis of size 1 that only
-    broadcasts.
+    ``trained`` params have values to optimize. ``dims`` names each axis of the value once
+    the axes have been matched with the Dataset (see :mod:`xr_aimz.axes`); ``None`` marks
+    an axis of size 1 that only broadcasts.
     """
 
     name: str
@@ -170,7 +170,10 @@ def parameters(model: Callable) -> tuple[Parameter, ...]:
         raise ModelError(f"a model is a NumPyro callable; found {model!r}")
     found = []
     for name, parameter in inspect.signature(model).parameters.items():
-        if parameter.kind is parameter.POSITIONAL_ONLY or parameter.kind is parameter.VAR_POSITIONAL:
+        if (
+            parameter.kind is parameter.POSITIONAL_ONLY
+            or parameter.kind is parameter.VAR_POSITIONAL
+        ):
             raise ModelError(
                 f"argument {str(parameter)!r} of {_name(model)} cannot be passed by name; "
                 "arguments are bound to variables by name, so give it one"
@@ -222,7 +225,10 @@ def trace_sites(
 
 
 def observed_through(
-    model: Callable, arrange: Callable[[Any], dict[str, Any]], arrays: Mapping[str, Any], block: Block
+    model: Callable,
+    arrange: Callable[[Any], dict[str, Any]],
+    arrays: Mapping[str, Any],
+    block: Block,
 ) -> dict[str, frozenset[str]]:
     """Which of the named arrays reach the observed value of each observed site."""
 
@@ -251,11 +257,9 @@ def _name(model: Callable) -> str:
     return getattr(model, "__name__", repr(model))
 
 
-class _unsampled(handlers.substitute):
-    """Values for sites whose distribution cannot be sampled: shapes are all a trace needs."""
-
-    def __init__(self, fn: Callable) -> None:
-        super().__init__(fn, substitute_fn=_blank)
+def _unsampled(fn: Callable) -> Callable:
+    """The model with blank values: a trace needs shapes, and not all sites can be sampled."""
+    return handlers.substitute(fn, substitute_fn=_blank)
 
 
 def _blank(message: Mapping[str, Any]) -> Any:
@@ -264,7 +268,7 @@ def _blank(message: Mapping[str, Any]) -> Any:
     fn = message["fn"]
     shape = fn.batch_shape + fn.event_shape
     try:
-        drawn = jax.eval_shape(lambda key: fn.sample(key), jax.random.key(0))
+        drawn = jax.eval_shape(fn.sample, jax.random.key(0))
     except NotImplementedError:
         # ImproperUniform and its like: a density, but nothing to draw from.
         return jnp.zeros(shape, jnp.int32 if fn.support.is_discrete else jnp.result_type(float))
@@ -312,7 +316,7 @@ def _distribution(fn: Any) -> str:
 
 def _where(sites: Mapping[str, Any], passed: Mapping[str, Any]) -> str:
     shapes = {name: jnp.shape(v) for name, v in passed.items() if hasattr(v, "shape")}
-    last = next(reversed(sites), None) if sites else None
+    last = [*sites][-1] if sites else None
     after = "before its first site" if last is None else f"after site {last!r}"
     return (
         f"xr_aimz: the model raised this {after}, given arrays of shape {shapes!r}. "

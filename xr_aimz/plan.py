@@ -70,9 +70,7 @@ def plan(
     return Plan(chunks, chain, draw)
 
 
-def _cut(
-    sizes: Mapping[str, int], core: Iterable[str], cells: int
-) -> dict[str, tuple[int, ...]]:
+def _cut(sizes: Mapping[str, int], core: Iterable[str], cells: int) -> dict[str, tuple[int, ...]]:
     """Equal chunks of at most ``cells`` cells: leading dims are cut first, as dask does rows."""
     lengths = dict(sizes)
     for dim in (d for d in sizes if d not in core):

@@ -44,7 +44,7 @@ class Fit:
     method : str
         How the draws were made.
     attrs : mapping of name to dict
-        The attrs of each outcome's variable.
+        The attrs of the variable of each outcome, by argument.
     observed_data, constant_data : Dataset
         The outcomes' and the inputs' arrays, as ArviZ names them.
     """
@@ -103,7 +103,9 @@ class Fit:
             f"<td style='text-align:left'>{_escape(v)}</td></tr>"
             for k, v in self._facts()
         )
-        parts = [f"<details open><summary>posterior</summary>{self.posterior._repr_html_()}</details>"]
+        parts = [
+            f"<details open><summary>posterior</summary>{self.posterior._repr_html_()}</details>"
+        ]
         if self.sample_stats.data_vars:
             parts.append(
                 "<details><summary>sample_stats</summary>"
@@ -113,7 +115,9 @@ class Fit:
 
     def _facts(self) -> list[tuple[str, str]]:
         sizes = self.posterior.sizes
-        bound = [f"{a.name} ← {', '.join(s.name for s in a.sources)}" for a in self.binding.arguments]
+        bound = [
+            f"{a.name} ← {', '.join(s.name for s in a.sources)}" for a in self.binding.arguments
+        ]
         outcomes = ", ".join(result_name(self.binding, self.sites[n]) for n in self.observed)
         facts = [
             ("model", getattr(self.model, "__name__", repr(self.model))),

@@ -8,23 +8,25 @@ left for a task to find.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
 import xarray as xr
-from dask.base import tokenize
 
 from xr_aimz import keys
 from xr_aimz.axes import dims_in_dataset
 from xr_aimz.binding import block_of
 from xr_aimz.blocks import Factory, Task, lazy_sites
 from xr_aimz.device import device_dtype, fingerprint, output_shapes
-from xr_aimz.errors import DimensionError, LabelError, MissingVariableError, OptionError
+from xr_aimz.errors import MissingVariableError, OptionError
 from xr_aimz.inputs import Inputs, gather
-from xr_aimz.kernel import Program, log_likelihood as density_kernel, predictive
-from xr_aimz.labelling import result_name, with_coords
+from xr_aimz.kernel import Program, predictive
+from xr_aimz.kernel import log_likelihood as density_kernel
+from xr_aimz.labelling import on_labels, result_name, with_coords
 from xr_aimz.labels import label_words
 from xr_aimz.options import get_options
 from xr_aimz.plan import plan
@@ -74,15 +76,18 @@ def predict(
     >>> pred = future.chunk(lat=10).aimz.predict(fit)  # doctest: +SKIP
     >>> pred.tas.mean(("chain", "draw")).plot()  # doctest: +SKIP
     """
-    names = _chosen(fit, sites)
     posterior = _thinned(fit.posterior, draws)
     inputs = gather(fit.binding, ds, outcomes=False)
-    return _lazy(ds, fit, inputs, posterior, names, seed, predictive, "predict")
+    wanted = _Evaluation(fit, inputs, posterior, predictive, _chosen(fit, sites), seed)
+    result = _lazy(wanted)
+    for name in wanted.sites:
+        argument = fit.sites[name].obs_argument
+        if argument is not None:
+            result[result_name(fit.binding, fit.sites[name])].attrs.update(fit.attrs[argument])
+    return _dressed(result, ds, wanted, "predict")
 
 
-def log_likelihood(
-    ds: xr.Dataset, fit: Fit, *, draws: int | None = None
-) -> xr.Dataset:
+def log_likelihood(ds: xr.Dataset, fit: Fit, *, draws: int | None = None) -> xr.Dataset:
     """The log density of each observation under each draw, lazily.
 
     Parameters
@@ -104,57 +109,104 @@ def log_likelihood(
     >>> tree = fit.to_datatree(log_likelihood=ds.aimz.log_likelihood(fit))  # doctest: +SKIP
     """
     posterior = _thinned(fit.posterior, draws)
-    absent = [s.name for a in fit.binding.outcomes for s in a.sources if s.name not in ds.variables]
+    absent = [
+        s.name for a in fit.binding.outcomes for s in a.sources if s.name not in ds.variables
+    ]
     if absent or not fit.binding.outcomes:
         raise MissingVariableError(
             f"a log-likelihood needs the outcomes; {absent!r} are not in the Dataset, which has "
             f"{sorted(map(str, ds.variables))!r}"
         )
     inputs = gather(fit.binding, ds, outcomes=True)
-    return _lazy(ds, fit, inputs, posterior, fit.observed, 0, density_kernel, "log_likelihood")
+    wanted = _Evaluation(fit, inputs, posterior, density_kernel, fit.observed, seed=0)
+    result = _lazy(wanted)
+    for name, array in result.items():
+        array.attrs.update(long_name=f"log-likelihood of {name}", units="1")
+    return _dressed(result, ds, wanted, "log_likelihood")
 
 
-def _lazy(
-    ds: xr.Dataset,
-    fit: Fit,
-    inputs: Inputs,
-    posterior: xr.Dataset,
-    names: tuple[str, ...],
-    seed: int,
-    factory: Factory,
-    verb: str,
-) -> xr.Dataset:
-    binding = fit.binding.without_data()
-    program = Program(fit.model, binding, fit.sites, inputs.dims, names)
-    latents = _latents(fit, inputs, posterior)
-    key = np.asarray(keys.seed_key(seed))
-    shape = (posterior.sizes.get("chain", 1), posterior.sizes.get("draw", 1))
+@dataclass(frozen=True)
+class _Evaluation:
+    """Which kernel is to be evaluated, on what, for which draws."""
 
-    def structs(sizes: Mapping[str, int]) -> dict[str, Any]:
-        return _structs(factory, program, inputs, latents, fit.params, key, sizes)
+    fit: Fit
+    inputs: Inputs
+    posterior: xr.Dataset
+    factory: Factory
+    sites: tuple[str, ...]
+    seed: int
 
-    weight = sum(o.size * o.dtype.itemsize for o in structs(inputs.sizes).values())
-    cut = plan(binding, inputs, shape, weight, get_options()["block_bytes"])
+    @cached_property
+    def program(self) -> Program:
+        binding = self.fit.binding.without_data()
+        return Program(self.fit.model, binding, self.fit.sites, self.inputs.dims, self.sites)
+
+    @cached_property
+    def latents(self) -> dict[str, xr.DataArray]:
+        """Draws of each latent site, a local one on the labels of this Dataset."""
+        return {
+            name: on_labels(self.posterior, site, self.fit.binding, self.inputs)
+            for name, site in self.fit.sites.items()
+            if site.kind == "latent"
+        }
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.posterior.sizes.get("chain", 1), self.posterior.sizes.get("draw", 1)
+
+    def outputs(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """Shape and dtype of each output for one draw of a block of those sizes."""
+        binding = self.fit.binding
+
+        def struct(array: xr.DataArray) -> jax.ShapeDtypeStruct:
+            dims = [str(d) for d in array.dims if d not in ("chain", "draw")]
+            lengths = tuple(sizes[d] if d in binding.dims else array.sizes[d] for d in dims)
+            return jax.ShapeDtypeStruct(lengths, device_dtype(array.dtype))
+
+        word = jax.ShapeDtypeStruct((2,), np.uint32)
+        latents = {name: struct(a) for name, a in self.latents.items()}
+        shared = {
+            "seed": word,
+            "arrays": {name: struct(a) for name, a in self.inputs.arrays.items()},
+            "words": {d: jax.ShapeDtypeStruct((sizes[d], 2), np.uint32) for d in binding.dims},
+            "params": self.fit.params,
+        }
+        draw = {"chain": word, "draw": word, "latents": latents}
+        call = self.factory(self.program, sizes)
+        return output_shapes(call, block_of(binding, sizes), draw, shared)
+
+
+def _lazy(wanted: _Evaluation) -> xr.Dataset:
+    """The sites as lazy arrays with dims, without coordinates."""
+    fit, inputs, binding = wanted.fit, wanted.inputs, wanted.fit.binding
+    weight = sum(o.size * o.dtype.itemsize for o in wanted.outputs(inputs.sizes).values())
+    cut = plan(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
     padded = {d: cut.largest(d) for d in binding.dims}
-    outputs = structs({**inputs.sizes, **padded})
-    name = fingerprint(factory.__name__, program, tuple(sorted(fit.params)))
-    task = Task(name, factory, program, key, fit.params, padded, inputs.sizes)
-    words = {
-        d: label_words(d, posterior.indexes.get(d), size=n)
-        for d, n in zip(("chain", "draw"), shape, strict=True)
+    outputs = {
+        name: (dims_in_dataset(fit.sites[name], binding)[: len(struct.shape)], struct)
+        for name, struct in wanted.outputs({**inputs.sizes, **padded}).items()
     }
-    lazy = lazy_sites(
-        task, cut, inputs, latents, words,
-        {n: (_dims(fit, n, o), o) for n, o in outputs.items()},
-        _token(fit, name, seed, inputs, posterior, cut),
+    task = Task(
+        name=fingerprint(wanted.factory.__name__, wanted.program),
+        identity=fit.token,
+        factory=wanted.factory,
+        program=wanted.program,
+        seed=np.asarray(keys.seed_key(wanted.seed)),
+        params=fit.params,
+        padded=padded,
+        sizes=inputs.sizes,
     )
-    arrays = {
-        result_name(fit.binding, fit.sites[n]): xr.DataArray(
-            array, dims=("chain", "draw", *_dims(fit, n, outputs[n])), attrs=_attrs(fit, n, verb)
-        )
-        for n, array in lazy.items()
+    words = {
+        d: label_words(d, wanted.posterior.indexes.get(d), size=n)
+        for d, n in zip(("chain", "draw"), wanted.shape, strict=True)
     }
-    return _dressed(xr.Dataset(arrays), ds, fit, inputs, posterior, verb)
+    lazy = lazy_sites(task, cut, inputs, wanted.latents, words, outputs)
+    return xr.Dataset(
+        {
+            result_name(binding, fit.sites[name]): (("chain", "draw", *outputs[name][0]), array)
+            for name, array in lazy.items()
+        }
+    )
 
 
 def _chosen(fit: Fit, sites: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -178,102 +230,11 @@ def _thinned(posterior: xr.Dataset, draws: int | None) -> xr.Dataset:
     return posterior.isel(draw=np.arange(draws) * there // draws)
 
 
-def _latents(fit: Fit, inputs: Inputs, posterior: xr.Dataset) -> dict[str, xr.DataArray]:
-    """Draws of each latent site, a local one on the labels of this Dataset."""
-    found = {}
-    for name, site in fit.sites.items():
-        if site.kind == "latent":
-            array = posterior[result_name(fit.binding, site)]
-            dims = ("chain", "draw", *dims_in_dataset(site, fit.binding))
-            found[name] = _on_labels(fit, inputs, name, array.transpose(*dims))
-    return found
-
-
-def _on_labels(fit: Fit, inputs: Inputs, name: str, array: xr.DataArray) -> xr.DataArray:
-    for dim in (d for d in fit.binding.dims if d in array.dims):
-        here, there = inputs.labels.get(dim), array.indexes.get(dim)
-        if here is None or there is None:
-            if (here is None) != (there is None) or inputs.sizes[dim] != array.sizes[dim]:
-                raise DimensionError(
-                    f"latent site {name!r} has {array.sizes[dim]} entries along {dim!r}, "
-                    f"{'without' if there is None else 'with'} labels; the Dataset has "
-                    f"{inputs.sizes[dim]}, {'without' if here is None else 'with'} labels. "
-                    "Give both the same coordinate"
-                )
-        elif not here.equals(there):
-            absent = here.difference(there)
-            if len(absent):
-                raise LabelError(
-                    f"latent site {name!r} has no draws for {len(absent)} labels of {dim!r}, "
-                    f"{list(absent[:3])!r} among them: the fit never saw them. Select those "
-                    "that it saw, or fit with them"
-                )
-            array = array.sel({dim: here})
-    return array
-
-
-def _structs(
-    factory: Factory,
-    program: Program,
-    inputs: Inputs,
-    latents: Mapping[str, xr.DataArray],
-    params: Mapping[str, Any],
-    key: np.ndarray,
-    sizes: Mapping[str, int],
-) -> dict[str, Any]:
-    """Shape and dtype of each output for one draw of a block of those sizes."""
-
-    def struct(array: xr.DataArray) -> jax.ShapeDtypeStruct:
-        dims = [str(d) for d in array.dims if d not in ("chain", "draw")]
-        lengths = tuple(sizes[d] if d in program.binding.dims else array.sizes[d] for d in dims)
-        return jax.ShapeDtypeStruct(lengths, device_dtype(array.dtype))
-
-    word = jax.ShapeDtypeStruct((2,), np.uint32)
-    draw = {
-        "chain": word,
-        "draw": word,
-        "latents": {name: struct(a) for name, a in latents.items()},
-    }
-    shared = {
-        "seed": key,
-        "arrays": {name: struct(a) for name, a in inputs.arrays.items()},
-        "words": {
-            d: jax.ShapeDtypeStruct((sizes[d], 2), np.uint32) for d in program.binding.dims
-        },
-        "params": params,
-    }
-    block = block_of(program.binding, sizes)
-    return output_shapes(factory(program, sizes), block, draw, shared)
-
-
-def _dims(fit: Fit, name: str, struct: Any) -> tuple[str, ...]:
-    return dims_in_dataset(fit.sites[name], fit.binding)[: len(struct.shape)]
-
-
-def _token(fit: Fit, name: str, seed: int, inputs: Inputs, posterior: xr.Dataset, cut: Any) -> str:
-    arrays = {n: a.variable for n, a in inputs.arrays.items()}
-    draws = {d: posterior.indexes.get(d) for d in ("chain", "draw")}
-    return tokenize(fit.token, name, seed, arrays, dict(inputs.labels), draws, cut)
-
-
-def _attrs(fit: Fit, name: str, verb: str) -> dict[str, Any]:
-    site = fit.sites[name]
-    if site.obs_argument is None:
-        return {}
-    attrs = dict(fit.attrs.get(result_name(fit.binding, site), {}))
-    if verb == "log_likelihood":
-        known = attrs.get("long_name", result_name(fit.binding, site))
-        return {"long_name": f"log-likelihood of {known}", "units": "1"}
-    return attrs
-
-
-def _dressed(
-    result: xr.Dataset, ds: xr.Dataset, fit: Fit, inputs: Inputs, posterior: xr.Dataset, verb: str
-) -> xr.Dataset:
+def _dressed(result: xr.Dataset, ds: xr.Dataset, wanted: _Evaluation, verb: str) -> xr.Dataset:
     """The coordinates and attrs that a result has from its Dataset and its fit."""
-    draws = {d: posterior[d] for d in ("chain", "draw") if d in posterior.coords}
-    result = with_coords(result.assign_coords(draws), fit.binding, inputs)
-    result = result.squeeze([d for d in inputs.scalars if d in result.dims])
-    line = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}: xr_aimz {verb} of {fit.method}"
+    draws = {d: wanted.posterior[d] for d in ("chain", "draw") if d in wanted.posterior.coords}
+    result = with_coords(result.assign_coords(draws), wanted.fit.binding, wanted.inputs)
+    result = result.squeeze([d for d in wanted.inputs.scalars if d in result.dims])
+    line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}: xr_aimz {verb} of {wanted.fit.method}"
     history = "\n".join(filter(None, [str(ds.attrs.get("history", "")), line]))
     return result.assign_attrs({**ds.attrs, "history": history})

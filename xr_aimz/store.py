@@ -6,18 +6,19 @@ tasks share one. Metadata is consolidated last: a store that was cut short says 
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import dask
 import xarray as xr
 import zarr
 from dask.callbacks import Callback
 from tqdm.auto import tqdm
+from zarr.codecs import BloscCodec
 
 from xr_aimz.errors import StoreError
 from xr_aimz.options import shows_progress
@@ -29,9 +30,9 @@ INCOMPLETE = "xr_aimz_incomplete"
 
 def to_zarr(
     ds: xr.Dataset,
-    store: str | os.PathLike[str],
+    store: str | Path,
     *,
-    mode: str = "w-",
+    mode: Literal["w-", "w"] = "w-",
     progress: bool | None = None,
 ) -> xr.Dataset:
     """Compute a lazy Dataset into a Zarr store, block by block, and open it again.
@@ -63,8 +64,8 @@ def to_zarr(
     """
     if mode not in ("w-", "w"):
         raise StoreError(f"mode={mode!r}: there are 'w-' and 'w'")
-    if mode == "w-" and os.path.exists(store):
-        raise StoreError(f"{os.fspath(store)!r} exists; choose another path, or mode='w'")
+    if mode == "w-" and Path(store).exists():
+        raise StoreError(f"{str(store)!r} exists; choose another path, or mode='w'")
     uniform = ds.chunk({d: max(c) for d, c in ds.chunks.items() if len(set(c[:-1])) > 1})
     marked = uniform.assign_attrs({INCOMPLETE: "this store was not written to its end"})
     with _bar(progress), _scheduler():
@@ -89,7 +90,7 @@ def to_zarr(
 
 
 def _encoding(ds: xr.Dataset) -> dict[str, dict[str, Any]]:
-    codec = zarr.codecs.BloscCodec(cname="lz4", clevel=5, shuffle="shuffle")
+    codec = BloscCodec(cname="lz4", clevel=5, shuffle="shuffle")
     return {
         str(name): {"compressors": (codec,), "chunks": _chunks(array)}
         for name, array in ds.data_vars.items()

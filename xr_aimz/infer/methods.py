@@ -20,7 +20,6 @@ from xr_aimz.infer.problem import Draws, Problem
 __all__ = ["inference"]
 
 
-
 def inference(
     model: Callable, method: Any, asked: dict[str, Any], seed: int, progress: bool
 ) -> Callable[[Problem], Draws]:
@@ -86,5 +85,3 @@ def _same_model(model: Callable, owner: Any) -> None:
             f"method={type(owner).__name__}(...) was made for the model {own!r}, and fit was "
             f"given {model!r}; make both the same"
         )
-
-

@@ -33,7 +33,8 @@ _PIECES = 50
 def svi_for(model: Callable, guide: Any, optimizer: Any, init: Any, steps: int) -> SVI:
     """An ``SVI`` from an autoguide (class or instance) and an optimizer."""
     if guide is None or (inspect.isclass(guide) and issubclass(guide, AutoGuide)):
-        made = (guide or AutoNormal)(model, init_loc_fn=init_strategy(init))
+        kind: Any = AutoNormal if guide is None else guide
+        made = kind(model, init_loc_fn=init_strategy(init))
     elif init is not None:
         raise OptionError("init= goes with an autoguide class; this guide has its own start")
     else:
