@@ -93,7 +93,7 @@ def lazy_sites(
     chunks = {"chain": plan.chain, "draw": plan.draw, **plan.chunks}
     operands = _operands(task, inputs, latents, words)
     described = replace(task, operands=tuple((kind, n, dims) for kind, n, dims, _ in operands))
-    lazy = [_chunked(a, dims, chunks, f"{n}-{token}") for _, n, dims, a in operands]
+    lazy = [_chunked(a, dims, chunks, f"{kind}-{n}-{token}") for kind, n, dims, a in operands]
     dims_of = [dims for _, _, dims, _ in operands]
     blocks = _task_layer(described, lazy, dims_of, chunks, token)
     return {

@@ -15,15 +15,16 @@ import numpy as np
 import xarray as xr
 from numpyro.diagnostics import effective_sample_size, gelman_rubin
 from scipy.special import ndtri
-from scipy.stats import rankdata
+from scipy.stats import linregress, rankdata
 
 __all__ = ["concerns", "ess_bulk", "ess_tail", "rhat", "summarize"]
 
 RHAT_LIMIT = 1.01
 ESS_PER_CHAIN = 100
-# A loss is still falling when its last tenth lies below the tenth before it by this many
-# standard errors, and by this many nats a latent value: a guide whose sd is 10 % off loses
-# half of that by it. Both are guesses, tried on converged and unconverged fits.
+# A loss is still falling when a line through its last three tenths falls by this many
+# standard errors, and over a tenth by this many nats a latent value: a guide whose sd is
+# 10 % off loses half of that by it. Both are guesses, tried on converged and unconverged
+# fits.
 FALLING_ERRORS, FALLING_NATS = 4.0, 0.01
 
 
@@ -115,16 +116,13 @@ def _loss_concerns(losses: np.ndarray, latents: int) -> list[str]:
     bad = int(np.sum(~np.isfinite(losses)))
     if bad:
         return [f"{bad} of {len(losses)} losses are not finite: lower the learning rate"]
-    tenth = max(len(losses) // 10, 1)
-    last, before = losses[-tenth:], losses[-2 * tenth : -tenth]
-    if len(before) < 2:
-        return []
-    error = np.sqrt(last.var() / len(last) + before.var() / len(before))
-    drop = before.mean() - last.mean()
-    if drop > max(FALLING_ERRORS * error, FALLING_NATS * latents):
+    tail = losses[-max(3 * len(losses) // 10, 3) :]
+    trend = linregress(np.arange(len(tail)), tail)
+    drop = -trend.slope * len(losses) / 10
+    if drop > FALLING_NATS * latents and -trend.slope > FALLING_ERRORS * trend.stderr:
         return [
-            f"the loss is still falling: {before.mean():.6g}, then {last.mean():.6g} over the "
-            f"last two tenths of {len(losses)} steps; take more"
+            f"the loss is still falling, by {drop:.3g} a tenth of its {len(losses)} steps, to "
+            f"{tail.mean():.6g} in the last three: take more"
         ]
     return []
 

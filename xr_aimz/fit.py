@@ -162,7 +162,8 @@ def _labelled(bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array]) -> Fi
     ]
     if wanted:
         values |= _deterministics(bound, drawn, arrays, tuple(wanted))
-    posterior = label(values, bound.sites, bound.binding, bound.inputs)
+    chain, draw = (np.arange(n) for n in drawn.shape)
+    posterior = label(values, bound.sites, bound.binding, bound.inputs, chain, draw)
     return assemble(bound, posterior, drawn)
 
 
@@ -176,7 +177,7 @@ def _deterministics(
     binding, inputs = bound.binding.without_data(), bound.inputs
     sources = {s.name for a in binding.inputs for s in a.sources}
     program = Program(bound.model, binding, bound.sites, inputs.dims, wanted)
-    chains, draws = next(iter(drawn.samples.values())).shape[:2] if drawn.samples else (1, 1)
+    chains, draws = drawn.shape
     words = np.zeros((chains * draws, 2), np.uint32)
     latents = {n: v.reshape(chains * draws, *v.shape[2:]) for n, v in drawn.samples.items()}
     shared = {
@@ -227,5 +228,7 @@ def assemble(bound: Bound, posterior: xr.Dataset, drawn: Draws) -> Fit:
 
 
 def _warn(fitted: Fit) -> None:
-    for concern in diagnostics.concerns(fitted.posterior, fitted.sample_stats, fitted.losses):
-        warnings.warn(concern, ConvergenceWarning, stacklevel=4)
+    found = diagnostics.concerns(fitted.posterior, fitted.sample_stats, fitted.losses)
+    if found:
+        # The level of the caller of Dataset.aimz.fit.
+        warnings.warn("; ".join(found), ConvergenceWarning, stacklevel=4)

@@ -60,7 +60,8 @@ def from_posterior(
     draws = (
         xr.merge([a.to_dataset() for a in labelled], join="exact") if labelled else xr.Dataset()
     )
-    return assemble(bound, draws, Draws({}, "draws made elsewhere", params=dict(params or {})))
+    shape = (draws.sizes.get("chain", 1), draws.sizes.get("draw", 1))
+    return assemble(bound, draws, Draws({}, shape, "draws made elsewhere", params=dict(params or {})))
 
 
 def _as_dataset(posterior: Any) -> xr.Dataset:

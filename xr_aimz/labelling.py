@@ -49,12 +49,13 @@ def label(
         found[result_name(binding, site)] = xr.DataArray(
             value.reshape(value.shape[:2] + shape), dims=("chain", "draw", *dims)
         )
-    ds = xr.Dataset(found)
-    ds = ds.assign_coords(
-        {
-            "chain": np.arange(ds.sizes.get("chain", 0)) if chain is None else chain,
-            "draw": np.arange(ds.sizes.get("draw", 0)) if draw is None else draw,
-        }
+    first = next(iter(values.values())).shape[:2] if values else (0, 0)
+    ds = xr.Dataset(
+        found,
+        coords={
+            "chain": np.arange(first[0]) if chain is None else chain,
+            "draw": np.arange(first[1]) if draw is None else draw,
+        },
     )
     return with_coords(ds, binding, inputs)
 

@@ -66,7 +66,7 @@ def to_zarr(
         raise StoreError(f"mode={mode!r}: there are 'w-' and 'w'")
     if mode == "w-" and Path(store).exists():
         raise StoreError(f"{str(store)!r} exists; choose another path, or mode='w'")
-    uniform = ds.chunk({d: max(c) for d, c in ds.chunks.items() if len(set(c[:-1])) > 1})
+    uniform = ds.chunk({d: max(c) for d, c in ds.chunks.items() if set(c[:-1]) - {max(c)}})
     marked = uniform.assign_attrs({INCOMPLETE: "this store was not written to its end"})
     with _bar(progress), _scheduler():
         # Not compute=False and a later compute: dask.delayed would copy and rename the graph.

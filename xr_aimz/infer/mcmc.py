@@ -87,6 +87,8 @@ def run(problem: Problem, sampler: MCMC, *, seed: int) -> Draws:
             f"sites {trained!r} are params, which MCMC does not move from their initial values; "
             "give them priors (numpyro.sample, random_nnx_module), or fit with method='svi'"
         )
+    if not problem.named("latent"):
+        raise ModelError("the model has no latent sites: there is nothing for MCMC to draw")
     fields = _FIELDS if isinstance(sampler.sampler, HMC) else ()
     with tracing(problem.block):
         sampler.run(jax.random.key(seed), extra_fields=fields, **problem.arguments)
@@ -97,6 +99,7 @@ def run(problem: Problem, sampler: MCMC, *, seed: int) -> Draws:
         raise OptionError(f"{type(sampler.sampler).__name__} does not sample the model's sites")
     return Draws(
         samples={name: np.asarray(v) for name, v in samples.items() if name in latent},
+        shape=(sampler.num_chains, sampler.num_samples // sampler.thinning),
         stats=_stats(extra),
         method=f"{type(sampler.sampler).__name__}, {sampler.num_chains} chains, "
         f"{sampler.num_warmup} warmup steps",

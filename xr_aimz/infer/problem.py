@@ -39,11 +39,14 @@ class Draws:
     params : mapping of name to pytree
         Values of ``param`` sites (and mutable state), the same for all draws.
     losses : array ``(step,)``, optional
+    shape : tuple of int
+        The number of chains, and of draws a chain.
     method : str
         A line about how they were made.
     """
 
     samples: Mapping[str, np.ndarray]
+    shape: tuple[int, int]
     method: str
     stats: Mapping[str, np.ndarray] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)

@@ -68,6 +68,7 @@ def run(problem: Problem, svi: SVI, *, steps: int, draws: int, seed: int, progre
         kept |= dict(state.mutable_state)
     return Draws(
         samples=samples,
+        shape=(1, draws),
         method=f"SVI, {type(svi.guide).__name__}, {steps} steps",
         params=jax.tree.map(np.asarray, kept),
         losses=losses,
@@ -98,12 +99,17 @@ def _optimize(
 def _sample_guide(
     svi: SVI, problem: Problem, params: Any, key: Any, draws: int
 ) -> dict[str, np.ndarray]:
-    if isinstance(svi.guide, AutoGuide):
-        found = svi.guide.sample_posterior(key, params, sample_shape=(draws,))
-    else:
-        guide = Predictive(svi.guide, params=params, num_samples=draws)
-        found = guide(key, **problem.arguments)
     latent = problem.named("latent")
+    if not latent:
+        return {}
+    # Where the loss is not finite, neither are the draws: a warning will say so, where
+    # NumPyro's checks would raise before it.
+    with numpyro.validation_enabled(False):
+        if isinstance(svi.guide, AutoGuide):
+            found = svi.guide.sample_posterior(key, params, sample_shape=(draws,))
+        else:
+            guide = Predictive(svi.guide, params=params, num_samples=draws)
+            found = guide(key, **problem.arguments)
     absent = [name for name in latent if name not in found]
     if absent:
         raise ModelError(f"the guide does not cover the latent sites {absent!r} of the model")
