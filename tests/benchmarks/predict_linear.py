@@ -59,9 +59,7 @@ def run_xr_aimz(inputs: Path, output: Path) -> float:
     import xr_aimz  # noqa: F401
 
     ds = xr.open_zarr(inputs)
-    fit = ds.aimz.from_posterior(
-        model, {n: v[None] for n, v in posterior().items()}, dim="obs"
-    )
+    fit = ds.aimz.from_posterior(model, {n: v[None] for n, v in posterior().items()}, dim="obs")
     start = time.perf_counter()
     ds.aimz.predict(fit).aimz.to_zarr(output, progress=False)
     return time.perf_counter() - start
