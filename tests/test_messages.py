@@ -313,14 +313,16 @@ def dates(kind):
 @pytest.mark.parametrize("kind", ["datetime64", "timedelta64", "cftime"])
 def test_dates(ds, kind):
     dated = ds.assign_coords(time=dates(kind))
-    parts = ("'time'", "'x'", "dates", "variables={'x': ")
-    remedy = "ds['time'].dt.total_seconds()" if kind == "timedelta64" else ".dt.decimal_year"
     for call in (
         lambda: dated.aimz.fit(line, {"x": "time"}),
         lambda: dated.aimz.from_posterior(line, DRAWS, {"x": "time"}),
         lambda: dated.aimz.describe(line, {"x": "time"}),
     ):
-        refusal(call, errors.DtypeError, TypeError, *parts, remedy)
+        message = refusal(call, errors.DtypeError, TypeError, "'time'", "'x'", "variables={'x': ")
+        # A length of time has no decimal year.
+        remedy = "timedelta64" if kind == "timedelta64" else "ds['time'].dt.decimal_year"
+        assert remedy in message
+        assert ("decimal_year" in message) is (kind != "timedelta64")
 
 
 @pytest.mark.parametrize("kind", ["datetime64", "cftime"])
@@ -377,23 +379,25 @@ def test_an_outcome_without_the_default_none(ds):
 @pytest.mark.parametrize("verb", ["fit", "describe"])
 def test_a_model_that_raises_has_its_own_error(ds, verb):
     def broken(x, y=None):
-        slope = numpyro.sample("slope", dist.Normal(0, 1))
+        numpyro.sample("slope", dist.Normal(0, 1))
         raise ZeroDivisionError("mine")
 
-    with pytest.raises(ZeroDivisionError, match="^mine$") as caught:
+    with pytest.raises(ZeroDivisionError) as caught:
         getattr(ds.aimz, verb)(broken)
+    assert caught.value.args == ("mine",)
     notes = "\n".join(caught.value.__notes__)
     assert "'slope'" in notes
     assert "'x': (5,)" in notes
     assert "'y': (5,)" in notes
 
 
-def test_a_plate_of_another_size_says_how_to_size_it(ds, fit):
+def test_a_plate_of_another_size_says_how_to_size_it(ds):
     def fixed(x, y=None):
         with numpyro.plate("time", 7):
             numpyro.sample("y", dist.Normal(x, 1), obs=y)
 
-    with pytest.raises(Exception, match="y") as caught:
+    # NumPyro's own error, whatever its class.
+    with pytest.raises(Exception, match="broadcast") as caught:
         ds.aimz.fit(fixed)
     assert "xr_aimz.plate" in "\n".join(caught.value.__notes__)
 

@@ -6,8 +6,10 @@ those come with the first name that needs them.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.metadata import version as _version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from xr_aimz import accessor as accessor
@@ -48,6 +50,22 @@ _ROOMS = {
     "predict": "predict",
     "to_zarr": "store",
 }
+
+
+class _Package(ModuleType):
+    """Keeps ``xr_aimz.fit`` the function: importing the room ``fit`` would put itself there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _ROOMS and isinstance(value, ModuleType):
+            value = getattr(value, name, value)
+        super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A model that names the package is pickled with it; a module's subclass is not known.
+        return import_module, (self.__name__,)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

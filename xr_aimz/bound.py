@@ -84,7 +84,7 @@ def bind(
     if known is None:
         _check_observed(bound, signature, observed)
     else:
-        bound = _with_unknowns(bound, known)
+        bound = _with_unknowns(bound, signature, known)
     return _named(bound)
 
 
@@ -196,11 +196,20 @@ def _bound_names(bound: Bound) -> set[str]:
     return {a.name for a in bound.binding.arguments} | set(bound.binding.constants)
 
 
-def _with_unknowns(bound: Bound, known: Collection[str]) -> Bound:
-    sites = {
-        name: replace(s, kind="observed") if s.kind == "latent" and name not in known else s
-        for name, s in bound.sites.items()
-    }
+def _with_unknowns(
+    bound: Bound, signature: tuple[Parameter, ...], known: Collection[str]
+) -> Bound:
+    """Latent sites without draws are outcomes, if as many outcomes can be absent."""
+    unknown = [n for n, s in bound.sites.items() if s.kind == "latent" and n not in known]
+    optional = {p.name for p in signature if not p.required and p.default is None}
+    absent = sorted(optional - _bound_names(bound))
+    if len(unknown) > len(absent):
+        raise ModelError(
+            f"latent sites {unknown!r} have no draws in the posterior, which has "
+            f"{sorted(known)!r}; only outcomes that are not in the Dataset, here {absent!r}, "
+            "can do without"
+        )
+    sites = {n: replace(s, kind="observed") if n in unknown else s for n, s in bound.sites.items()}
     return replace(bound, sites=sites)
 
 

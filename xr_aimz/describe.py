@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from math import prod
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
-from xr_aimz.axes import dims_in_dataset
+from xr_aimz.axes import dims_in_dataset, shape_in_model
 from xr_aimz.bound import Bound, bind
 from xr_aimz.inputs import gather
 from xr_aimz.labelling import result_name
@@ -134,7 +134,8 @@ def _sites(bound: Bound) -> tuple[Sequence[str], Rows]:
         )
         dims = dims_in_dataset(site, bound.binding)
         local = site.kind == "latent" and set(dims) & set(bound.binding.dims)
-        size = "" if site.dtype is None else _bytes(int(np.prod(site.shape)) * site.dtype.itemsize)
+        shape = shape_in_model(site, bound.binding, bound.inputs.sizes)
+        size = "" if site.dtype is None else _bytes(prod(shape) * site.dtype.itemsize)
         rows.append(
             (
                 site.name,

@@ -117,6 +117,8 @@ def _loss_concerns(losses: np.ndarray, latents: int) -> list[str]:
     if bad:
         return [f"{bad} of {len(losses)} losses are not finite: lower the learning rate"]
     tail = losses[-max(3 * len(losses) // 10, 3) :]
+    if len(tail) < 3:
+        return []
     trend = linregress(np.arange(len(tail)), tail)
     drop = -trend.slope * len(losses) / 10
     if drop > FALLING_NATS * latents and -trend.slope > FALLING_ERRORS * trend.stderr:

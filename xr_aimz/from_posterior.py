@@ -61,7 +61,9 @@ def from_posterior(
         xr.merge([a.to_dataset() for a in labelled], join="exact") if labelled else xr.Dataset()
     )
     shape = (draws.sizes.get("chain", 1), draws.sizes.get("draw", 1))
-    return assemble(bound, draws, Draws({}, shape, "draws made elsewhere", params=dict(params or {})))
+    return assemble(
+        bound, draws, Draws({}, shape, "draws made elsewhere", params=dict(params or {}))
+    )
 
 
 def _as_dataset(posterior: Any) -> xr.Dataset:
@@ -97,10 +99,7 @@ def _find_draws(given: xr.Dataset, site: str) -> xr.DataArray:
     for name in (site, site.replace("/", ".")):
         if name in given.data_vars:
             return given[name]
-    raise ModelError(
-        f"latent site {site!r} has no draws in the posterior, which has "
-        f"{sorted(map(str, given.data_vars))!r}"
-    )
+    raise AssertionError(site)  # bind() has refused a latent site without draws
 
 
 def _relabel(array: xr.DataArray, name: str, bound: Bound) -> xr.DataArray:

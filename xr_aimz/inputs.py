@@ -119,7 +119,7 @@ def _fetch(
     for d in scalars:
         if d in source.dims and d not in array.dims:
             array = array.expand_dims({d: ds[d].values})
-    array = array.drop_vars([c for c in array.coords if c not in array.dims])
+    array = array.reset_coords(drop=True)
     _check_array(binding, ds, argument, source, array)
     array = _in_order(binding, argument, source, array)
     first = [d for d in binding.dims if d in array.dims]
@@ -177,24 +177,29 @@ def _check_array(
 
 
 def _check_dtype(what: str, argument: Argument, source: Source, array: xr.DataArray) -> None:
-    kind = array.dtype.kind
+    kind, name = array.dtype.kind, source.name
     if kind in "fiub":
         return
-    dates = kind in "mM" or (
-        kind == "O" and xr.core.common.contains_cftime_datetimes(array.variable)
-    )
-    if dates:
-        raise DtypeError(
-            f"{what} holds dates ({array.dtype}); a model takes numbers. Give it a decimal year: "
-            f"ds.assign_coords(year=ds[{source.name!r}].dt.decimal_year) and "
+    dates = kind == "O" and xr.core.common.contains_cftime_datetimes(array.variable)
+    if kind == "M" or dates:
+        remedy = (
+            f"give it a decimal year: ds.assign_coords(year=ds[{name!r}].dt.decimal_year) and "
             f"variables={{{argument.name!r}: 'year'}}"
         )
-    if kind in "OUST":
-        raise DtypeError(
-            f"{what} has dtype {array.dtype}; a model takes floats, ints and bools. Convert it: "
-            f"ds[{source.name!r}].astype(float), or codes from np.unique(..., return_inverse=True)"
+    elif kind == "m":
+        remedy = (
+            f"give it a number of days: ds.assign(days=ds[{name!r}] / np.timedelta64(1, 'D')) and "
+            f"variables={{{argument.name!r}: 'days'}}"
         )
-    raise DtypeError(f"{what} has dtype {array.dtype}; a model takes floats, ints and bools")
+    else:
+        remedy = (
+            f"convert it: ds[{name!r}].astype(float), or to codes by "
+            "np.unique(..., return_inverse=True)"
+        )
+    raise DtypeError(
+        f"{what} has dtype {array.dtype}{' (dates)' if dates else ''}; a model takes floats, ints "
+        f"and bools: {remedy}"
+    )
 
 
 def _in_order(

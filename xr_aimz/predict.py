@@ -21,7 +21,7 @@ from xr_aimz import keys
 from xr_aimz.axes import dims_in_dataset
 from xr_aimz.binding import block_of
 from xr_aimz.blocks import Factory, Task, lazy_sites
-from xr_aimz.device import device_dtype, fingerprint, output_shapes
+from xr_aimz.device import device_dtype, fingerprint, output_shapes, to_device_dtype
 from xr_aimz.errors import MissingVariableError, OptionError
 from xr_aimz.inputs import Inputs, gather
 from xr_aimz.kernel import Program, predictive
@@ -179,6 +179,10 @@ class _Evaluation:
 def _lazy(wanted: _Evaluation) -> xr.Dataset:
     """The sites as lazy arrays with dims, without coordinates."""
     fit, inputs, binding = wanted.fit, wanted.inputs, wanted.fit.binding
+    for name, array in inputs.arrays.items():
+        if array.chunks is None and array.dtype.kind in "iu":
+            # A task would find it too; values in memory can be looked at now.
+            to_device_dtype(name, array.values)
     weight = sum(o.size * o.dtype.itemsize for o in wanted.outputs(inputs.sizes).values())
     cut = plan(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
     padded = {d: cut.largest(d) for d in binding.dims}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import dask
+import numpy as np
 import xarray as xr
 import zarr
 from dask.callbacks import Callback
@@ -59,14 +60,14 @@ def to_zarr(
 
     Notes
     -----
-    Blosc lz4 with byte shuffle: predictive draws are noise, on which a stronger codec
+    Blosc lz4 with bitshuffle: predictive draws are noise, on which a stronger codec
     spends time for nothing.
     """
     if mode not in ("w-", "w"):
         raise StoreError(f"mode={mode!r}: there are 'w-' and 'w'")
     if mode == "w-" and Path(store).exists():
         raise StoreError(f"{str(store)!r} exists; choose another path, or mode='w'")
-    uniform = ds.chunk({d: max(c) for d, c in ds.chunks.items() if set(c[:-1]) - {max(c)}})
+    uniform = _uniform(ds)
     marked = uniform.assign_attrs({INCOMPLETE: "this store was not written to its end"})
     with _bar(progress), _scheduler():
         # Not compute=False and a later compute: dask.delayed would copy and rename the graph.
@@ -89,8 +90,22 @@ def to_zarr(
     return xr.open_zarr(store, consolidated=True)
 
 
+def _uniform(ds: xr.Dataset) -> xr.Dataset:
+    """As Zarr can hold it: chunks of one size, strings of any length."""
+    ragged = {d: max(c) for d, c in ds.chunks.items() if set(c[:-1]) - {max(c)}}
+    # A string of fixed length has no place in the v3 specification; one of any length has.
+    strings = {
+        name: v.astype(np.dtypes.StringDType())
+        for name, v in ds.variables.items()
+        if v.dtype.kind == "U"
+    }
+    coords = {name: v for name, v in strings.items() if name in ds.coords}
+    data = {name: v for name, v in strings.items() if name not in ds.coords}
+    return ds.chunk(ragged).assign_coords(coords).assign(data)
+
+
 def _encoding(ds: xr.Dataset) -> dict[str, dict[str, Any]]:
-    codec = BloscCodec(cname="lz4", clevel=5, shuffle="shuffle")
+    codec = BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle")
     return {
         str(name): {"compressors": (codec,), "chunks": _chunks(array)}
         for name, array in ds.data_vars.items()
@@ -108,7 +123,7 @@ def _scheduler() -> Any:
     # there is none where nobody has imported it.
     if "distributed" in sys.modules or dask.config.get("scheduler", None) is not None:
         return nullcontext()
-    return dask.config.set(scheduler="threads")
+    return dask.config.set(scheduler=dask.threaded.get)
 
 
 def _bar(progress: bool | None) -> Any:

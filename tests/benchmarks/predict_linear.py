@@ -23,7 +23,7 @@ from statistics import median
 
 import numpy as np
 
-OBSERVATIONS, FEATURES, DRAWS, CHUNK = 400_000, 5, 1000, 32_768
+OBSERVATIONS, FEATURES, DRAWS, CHUNK = 400_000, 5, 1000, 25_000
 
 
 def model(X, y=None):
