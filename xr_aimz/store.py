@@ -18,6 +18,7 @@ import numpy as np
 import xarray as xr
 import zarr
 from dask.callbacks import Callback
+from dask.system import CPU_COUNT
 from tqdm.auto import tqdm
 from zarr.codecs import BloscCodec
 
@@ -118,12 +119,14 @@ def _chunks(array: xr.DataArray) -> tuple[int, ...]:
 
 
 def _scheduler() -> Any:
-    """Threads, where nobody asked for anything else."""
+    """Threads, where nobody asked for anything else: one more than there are cores."""
     # Without a scheduler dask imports distributed, half a second, to look for a client:
     # there is none where nobody has imported it.
-    if "distributed" in sys.modules or dask.config.get("scheduler", None) is not None:
+    asked = [dask.config.get(name, None) for name in ("scheduler", "num_workers", "pool")]
+    if "distributed" in sys.modules or any(a is not None for a in asked):
         return nullcontext()
-    return dask.config.set(scheduler=dask.threaded.get)
+    # A task that waits for the disk leaves its core to one that draws.
+    return dask.config.set(scheduler=dask.threaded.get, num_workers=CPU_COUNT + 1)
 
 
 def _bar(progress: bool | None) -> Any:
