@@ -216,5 +216,5 @@ def test_a_fit_keeps_what_it_was_given(ds, fit):
 
 def test_a_fit_is_described_in_text_and_html(fit):
     for text in (repr(fit), fit._repr_html_()):
-        for fact in ("model", "2 chains x 5 draws", "x ← x", "tas", "time", "level"):
+        for fact in ("model", "2 x 5 (chain x draw)", "x ← x", "tas", "time", "level"):
             assert fact in text

@@ -702,9 +702,9 @@ def test_a_subclass_without_one_is_its_parent():
 
 
 def test_a_subclass_that_cannot_be_sliced_is_refused():
-    with pytest.raises(RandomnessError, match="Opaque.*'table'.*arg_constraints"):
+    with pytest.raises(RandomnessError, match=r"Opaque.*'table'.*arg_constraints"):
         keys.sample(Opaque(LOC), KEYS[0], ADDRESS)
-    with pytest.raises(RandomnessError, match="Broken.*event shape"):
+    with pytest.raises(RandomnessError, match=r"Broken.*event shape"):
         keys.sample(Broken(LOC, 1.0), KEYS[0], ADDRESS)
 
 

@@ -133,11 +133,27 @@ def _settle(
         if dim is not None or _agrees(bound, event_ndim):
             return bound
     if first_error is not None:
+        _note_absent(first_error, ds, model, arguments)
         raise first_error
     raise ModelError(
         "no number of event dimensions of the outcome agrees with its site's distribution; "
         "say which dims are observations: dim=(...)"
     )
+
+
+def _note_absent(
+    error: Exception, ds: xr.Dataset, model: Callable, arguments: tuple[Argument, ...]
+) -> None:
+    """An outcome that is misspelled leaves the model without it: the likeliest cause."""
+    bound = {a.name for a in arguments}
+    absent = [p.name for p in parameters(model) if not p.required and p.name not in bound]
+    if absent:
+        there = sorted(map(str, [*ds.data_vars, *ds.coords]))
+        error.add_note(
+            f"xr_aimz: arguments {absent!r} were left to their defaults, for the Dataset has no "
+            f"such variables; it has {there!r}. If one is meant, say "
+            f"variables={{{absent[0]!r}: ...}}"
+        )
 
 
 def _traced(model: Callable, binding: Binding, inputs: Inputs) -> tuple[Bound, set[str]]:

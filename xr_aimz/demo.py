@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     ds = load()
     print(ds.aimz.describe(warming), "\n")
 
-    fit = ds.aimz.fit(warming, method="svi", steps=8000, draws=500, init=init_to_median)
+    fit = ds.aimz.fit(warming, method="svi", steps=4000, draws=500, init=init_to_median)
     fitted = time.perf_counter()
     pred = ds.chunk(lat=10).aimz.predict(fit)
     stored = pred.aimz.to_zarr(folder / "pred.zarr", mode="w")

@@ -141,7 +141,7 @@ def _sites(bound: Bound) -> tuple[Sequence[str], Rows]:
                 site.name,
                 f"{kind}, local" if local else kind,
                 site.distribution,
-                ", ".join(p.name for p in site.plates),
+                ", ".join(p.name for p in sorted(site.plates, key=lambda p: p.dim)),
                 ", ".join(dims),
                 size,
             )

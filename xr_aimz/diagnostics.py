@@ -21,10 +21,10 @@ __all__ = ["concerns", "ess_bulk", "ess_tail", "rhat", "summarize"]
 
 RHAT_LIMIT = 1.01
 ESS_PER_CHAIN = 100
-# A loss is still falling when a line through its last three tenths falls by this many
-# standard errors, and over a tenth by this many nats a latent value: a guide whose sd is
-# 10 % off loses half of that by it. Both are guesses, tried on converged and unconverged
-# fits.
+# A loss is still falling when a line through three tenths of its steps, the last at the full
+# learning rate, falls by this many standard errors, and over a tenth of the steps by this
+# many nats a latent value: a guide whose sd is 10 % off loses half of that by it. Both are
+# guesses, tried on converged and unconverged fits (docs/decisions/fits.md).
 FALLING_ERRORS, FALLING_NATS = 4.0, 0.01
 
 
@@ -86,7 +86,7 @@ def concerns(
             "target_accept_prob, or reparameterize"
         )
     if losses is not None:
-        found += _loss_concerns(losses.values, _latent_count(posterior))
+        found += _loss_concerns(losses, _latent_count(posterior))
     elif posterior.sizes.get("chain", 0):
         found += _chain_concerns(summarize(posterior), posterior.sizes["chain"])
     return found
@@ -112,19 +112,21 @@ def _latent_count(posterior: xr.Dataset) -> int:
     return sum(a.isel(chain=0, draw=0).size for a in posterior.values())
 
 
-def _loss_concerns(losses: np.ndarray, latents: int) -> list[str]:
-    bad = int(np.sum(~np.isfinite(losses)))
+def _loss_concerns(losses: xr.DataArray, latents: int) -> list[str]:
+    bad = int((~np.isfinite(losses)).sum())
     if bad:
-        return [f"{bad} of {len(losses)} losses are not finite: lower the learning rate"]
-    tail = losses[-max(3 * len(losses) // 10, 3) :]
+        return [f"{bad} of {losses.size} losses are not finite: lower the learning rate"]
+    # Where the step size shrinks, any loss levels off: what counts is before.
+    full = losses.values[: losses.attrs.get("full_rate_steps", losses.size)]
+    tail = full[-max(3 * losses.size // 10, 3) :]
     if len(tail) < 3:
         return []
     trend = linregress(np.arange(len(tail)), tail)
-    drop = -trend.slope * len(losses) / 10
+    drop = -trend.slope * losses.size / 10
     if drop > FALLING_NATS * latents and -trend.slope > FALLING_ERRORS * trend.stderr:
         return [
-            f"the loss is still falling, by {drop:.3g} a tenth of its {len(losses)} steps, to "
-            f"{tail.mean():.6g} in the last three: take more"
+            f"the loss was still falling at the full learning rate, by {drop:.3g} a tenth of the "
+            f"{losses.size} steps: take more"
         ]
     return []
 

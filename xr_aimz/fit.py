@@ -86,7 +86,7 @@ def fit(
         For SVI.
     optimizer : optional
         For SVI: an optimizer of NumPyro or optax, or a learning rate for Adam (0.05), which
-        shrinks to a thousandth over the steps.
+        shrinks to a thousandth over the last three tenths of the steps.
     init : optional
         Values by site, or a strategy such as ``numpyro.infer.init_to_median``.
     seed : int
@@ -211,7 +211,10 @@ def assemble(bound: Bound, posterior: xr.Dataset, drawn: Draws) -> Fit:
     arrays = inputs.arrays
     chains = {d: posterior[d] for d in ("chain", "draw") if d in posterior.coords}
     stats = {name: (("chain", "draw"), value) for name, value in drawn.stats.items()}
-    losses = None if drawn.losses is None else xr.DataArray(drawn.losses, dims="step", name="loss")
+    losses = None
+    if drawn.losses is not None:
+        attrs = {"full_rate_steps": drawn.full_rate_steps}
+        losses = xr.DataArray(drawn.losses, dims="step", name="loss", attrs=attrs)
     return Fit(
         model=bound.model,
         binding=binding,

@@ -60,6 +60,8 @@ def from_posterior(
     draws = (
         xr.merge([a.to_dataset() for a in labelled], join="exact") if labelled else xr.Dataset()
     )
+    # Draws are addressed by label too: without any, a part of them would be other draws.
+    draws = draws.assign_coords({d: draws[d] for d in ("chain", "draw") if d in draws.dims})
     shape = (draws.sizes.get("chain", 1), draws.sizes.get("draw", 1))
     return assemble(
         bound, draws, Draws({}, shape, "draws made elsewhere", params=dict(params or {}))

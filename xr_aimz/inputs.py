@@ -76,7 +76,7 @@ def gather(binding: Binding, ds: xr.Dataset, *, outcomes: bool) -> Inputs:
     """
     arguments = binding.arguments if outcomes else binding.inputs
     scalars = tuple(d for d in binding.dims if d not in ds.dims and _is_scalar(ds, d))
-    ds = ds.assign_coords({d: (d, ds[d].values[None]) for d in scalars})
+    ds = ds.assign_coords({d: (d, ds[d].values[None], ds[d].attrs) for d in scalars})
     _check_dims(binding, ds, arguments)
     arrays: dict[str, xr.DataArray] = {}
     for argument in arguments:

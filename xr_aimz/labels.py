@@ -148,8 +148,7 @@ def _bits(dim: str, values: pd.Index | np.ndarray) -> np.ndarray:
 def _array_bits(dim: str, array: np.ndarray) -> np.ndarray:
     kind = array.dtype.kind
     if kind == "f" and array.dtype.itemsize <= 8:
-        # Adding zero turns -0.0, which is equal to 0.0, into it.
-        return (array.astype(np.float64) + 0.0).view(np.uint64)
+        return _float_bits(array.astype(np.float64))
     if kind in "iub":
         return array.astype(np.int64 if kind == "i" else np.uint64).view(np.uint64)
     if kind in "mM":
@@ -157,6 +156,14 @@ def _array_bits(dim: str, array: np.ndarray) -> np.ndarray:
     if kind in "US":
         return pd.util.hash_array(array.astype(object))
     raise LabelError(f"dimension {dim!r} has labels of dtype {str(array.dtype)!r}; {_WORKS}")
+
+
+def _float_bits(array: np.ndarray) -> np.ndarray:
+    """The bits of a float, or of the integer that it is equal to: 2005.0 is the label 2005."""
+    whole = (array == np.floor(array)) & (np.abs(array) < 2.0**63)
+    integers = np.where(whole, array, 0.0).astype(np.int64)
+    # Every zero is whole, so -0.0 and 0.0 are one label.
+    return np.where(whole, integers.view(np.uint64), array.view(np.uint64))
 
 
 def _time_bits(dim: str, array: np.ndarray) -> np.ndarray:

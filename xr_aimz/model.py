@@ -316,7 +316,8 @@ def _distribution(fn: Any) -> str:
 
 def _where(sites: Mapping[str, Any], passed: Mapping[str, Any]) -> str:
     shapes = {name: jnp.shape(v) for name, v in passed.items() if hasattr(v, "shape")}
-    last = [*sites][-1] if sites else None
+    visited = [name for name, message in sites.items() if message["type"] != "plate"]
+    last = visited[-1] if visited else None
     after = "before its first site" if last is None else f"after site {last!r}"
     return (
         f"xr_aimz: the model raised this {after}, given arrays of shape {shapes!r}. "

@@ -122,7 +122,7 @@ class Fit:
         facts = [
             ("model", getattr(self.model, "__name__", repr(self.model))),
             ("method", self.method),
-            ("draws", f"{sizes.get('chain', 0)} chains x {sizes.get('draw', 0)} draws"),
+            ("draws", f"{sizes.get('chain', 0)} x {sizes.get('draw', 0)} (chain x draw)"),
             ("arguments", "; ".join(bound)),
             ("outcomes", outcomes),
             ("dims", f"{self.binding.dims} in layout {self.binding.layout!r}"),
@@ -131,7 +131,7 @@ class Fit:
         if self.losses is not None:
             facts.append(("last loss", f"{float(self.losses[-1]):.6g}"))
         trouble = diagnostics.concerns(self.posterior, self.sample_stats, self.losses)
-        facts.append(("concerns", "; ".join(trouble) or "none"))
+        facts.append(("concerns", "; ".join(trouble) or "none that the diagnostics show"))
         return facts
 
     @property

@@ -73,7 +73,7 @@ def predict(
 
     Examples
     --------
-    >>> pred = future.chunk(lat=10).aimz.predict(fit)  # doctest: +SKIP
+    >>> pred = ds.chunk(lat=10).aimz.predict(fit)  # doctest: +SKIP
     >>> pred.tas.mean(("chain", "draw")).plot()  # doctest: +SKIP
     """
     posterior = _thinned(fit.posterior, draws)

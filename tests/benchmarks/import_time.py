@@ -24,7 +24,9 @@ def main() -> None:
     extra = [seconds("import xr_aimz") - seconds("pass") for _ in range(11)]
     print(f"import xr_aimz beyond import xarray: median {1000 * median(extra):.1f} ms")
     listing = f"import sys, xr_aimz; print([m for m in {HEAVY!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", listing], capture_output=True, text=True, check=True
+    )
     print(f"of {', '.join(HEAVY)} it imports: {done.stdout.strip()}")
 
 

@@ -101,9 +101,13 @@ def run(problem: Problem, sampler: MCMC, *, seed: int) -> Draws:
         samples={name: np.asarray(v) for name, v in samples.items() if name in latent},
         shape=(sampler.num_chains, sampler.num_samples // sampler.thinning),
         stats=_stats(extra),
-        method=f"{type(sampler.sampler).__name__}, {sampler.num_chains} chains, "
-        f"{sampler.num_warmup} warmup steps",
+        method=f"{type(sampler.sampler).__name__}, {_counted(sampler.num_chains, 'chain')}, "
+        f"{_counted(sampler.num_warmup, 'warmup step')}",
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _without_deterministics(kernel: MCMCKernel) -> MCMCKernel:

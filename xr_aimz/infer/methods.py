@@ -51,6 +51,9 @@ def inference(
             _same_model(model, method)
         steps = options.get("steps", svi.STEPS)
         made = svi.svi_for(model, guide, optimizer, init, steps)
+        own_schedule = optimizer is None or isinstance(optimizer, (int, float))
+        if own_schedule:
+            options["full_rate"] = svi.FULL_RATE
         return _variational(made, options, seed, progress)
     raise OptionError(
         f"method={method!r}: there are 'nuts', 'svi', and NumPyro's own kernels, MCMC, SVI and "

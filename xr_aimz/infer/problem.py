@@ -39,6 +39,8 @@ class Draws:
     params : mapping of name to pytree
         Values of ``param`` sites (and mutable state), the same for all draws.
     losses : array ``(step,)``, optional
+    full_rate_steps : int
+        How many of the steps were taken at the optimizer's full rate.
     shape : tuple of int
         The number of chains, and of draws a chain.
     method : str
@@ -51,3 +53,4 @@ class Draws:
     stats: Mapping[str, np.ndarray] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
     losses: np.ndarray | None = None
+    full_rate_steps: int = 0

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 import numpyro
-from jax.example_libraries.optimizers import exponential_decay
 from numpyro.infer import SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from tqdm.auto import tqdm
@@ -26,7 +25,7 @@ from xr_aimz.model import tracing
 
 __all__ = ["STEPS", "run", "svi_for"]
 
-STEPS, LEARNING_RATE = 10_000, 0.05
+STEPS, LEARNING_RATE, FULL_RATE = 10_000, 0.05, 0.7
 _PIECES = 50
 
 
@@ -43,17 +42,37 @@ def svi_for(model: Callable, guide: Any, optimizer: Any, init: Any, steps: int) 
 
 
 def _optimizer(optimizer: Any, steps: int) -> Any:
-    """Adam, whose step shrinks to a thousandth, from a learning rate; else as given."""
+    """Adam from a learning rate, which shrinks to a thousandth at the end; else as given."""
     # A constant step ends in a cloud around the optimum as wide as the step; the sds of a
-    # guide are wrong by as much.
+    # guide are wrong by as much. One that shrinks from the start stops anywhere, and the
+    # loss would look as settled there as at the optimum.
     if optimizer is None or isinstance(optimizer, (int, float)):
         rate = LEARNING_RATE if optimizer is None else float(optimizer)
-        return numpyro.optim.Adam(exponential_decay(rate, steps, 1e-3))
+        full = int(FULL_RATE * steps)
+
+        def schedule(step: Any) -> Any:
+            descent = jax.numpy.clip((step - full) / max(steps - full, 1), 0, 1)
+            return rate * 1e-3**descent
+
+        return numpyro.optim.Adam(schedule)
     return optimizer
 
 
-def run(problem: Problem, svi: SVI, *, steps: int, draws: int, seed: int, progress: bool) -> Draws:
-    """Optimize a guide, then draw from it: one chain of independent draws."""
+def run(
+    problem: Problem,
+    svi: SVI,
+    *,
+    steps: int,
+    draws: int,
+    seed: int,
+    progress: bool,
+    full_rate: float = 1.0,
+) -> Draws:
+    """Optimize a guide, then draw from it: one chain of independent draws.
+
+    ``full_rate`` is the share of the steps before a step size of our own shrinks: there
+    the loss shows whether it has settled.
+    """
     start, sample = jax.random.split(jax.random.key(seed))
     arrays = {n: v for n, v in problem.arguments.items() if isinstance(v, jax.Array)}
     rest = {n: v for n, v in problem.arguments.items() if n not in arrays}
@@ -72,6 +91,7 @@ def run(problem: Problem, svi: SVI, *, steps: int, draws: int, seed: int, progre
         method=f"SVI, {type(svi.guide).__name__}, {steps} steps",
         params=jax.tree.map(np.asarray, kept),
         losses=losses,
+        full_rate_steps=int(full_rate * steps),
     )
 
 
