@@ -7,10 +7,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import numpy as np
 import pytest
+import strategies
 import xarray as xr
 from hypothesis import HealthCheck, Phase, settings
 
-import strategies
 import xr_aimz
 
 # A first example of a shape compiles for a second, which Hypothesis would take for a fault.
@@ -19,11 +19,12 @@ _COMMON = {
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
-settings.register_profile("ci", max_examples=12, derandomize=True, database=None, **_COMMON)
-settings.register_profile("thorough", max_examples=200, **_COMMON)
+# Shrinking recompiles for every smaller example: for a person who looks at a failure.
+_ROUGH = [Phase.explicit, Phase.generate]
 settings.register_profile(
-    "find", max_examples=200, phases=[Phase.explicit, Phase.generate], **_COMMON
+    "ci", max_examples=8, derandomize=True, database=None, phases=_ROUGH, **_COMMON
 )
+settings.register_profile("thorough", max_examples=80, **_COMMON)
 settings.load_profile(os.environ.get("XR_AIMZ_HYPOTHESIS", "ci"))
 
 

@@ -158,12 +158,12 @@ def datasets(draw, ndims=(1, 2, 3), kinds=(*KINDS, "none"), most=5):
 def chunkings(draw, ds):
     """Chunks along every dim of DIMS; or none, for a numpy-backed Dataset."""
     if draw(st.sampled_from([False, True, True])):
-        return {d: draw(_cuts(n)) for d, n in ds.sizes.items() if d in DIMS}
+        return {d: draw(cuts(n)) for d, n in ds.sizes.items() if d in DIMS}
     return None
 
 
 @st.composite
-def _cuts(draw, size):
+def cuts(draw, size):
     edges = [i for i in range(1, size) if draw(st.booleans())]
     return tuple(np.diff([0, *edges, size]).tolist())
 
@@ -187,7 +187,7 @@ def selections(draw, ds):
                 st.permutations(range(size)).map(np.array),
             )
         )
-        empty = isinstance(indexer, slice) and not len(range(*indexer.indices(size)))
+        empty = isinstance(indexer, slice) and not range(*indexer.indices(size))
         if indexer is not None and not empty:
             found[dim] = indexer
     return found
@@ -215,9 +215,7 @@ class Case:
     def fit(self, ds=None, posterior=None):
         ds = self.ds if ds is None else ds
         posterior = self.posterior if posterior is None else posterior
-        return ds.aimz.from_posterior(
-            self.model, posterior, self.variables, layout=self.layout
-        )
+        return ds.aimz.from_posterior(self.model, posterior, self.variables, layout=self.layout)
 
 
 FAMILIES = ("grid", "local", "broadcast", "features", "table", "counts", "multivariate")
@@ -249,8 +247,12 @@ def cases(draw, families=FAMILIES, **options):
     if family == "multivariate":
         variables = {"ndim": ndim, "y": "many"}
         return Case(
-            multivariate, ds, {"offset": normal(3)}, variables,
-            outcomes=("many",), event=("species",),
+            multivariate,
+            ds,
+            {"offset": normal(3)},
+            variables,
+            outcomes=("many",),
+            event=("species",),
         )
     posterior = {"a": normal(), "b": normal()}
     variables = {"z": draw(st.sampled_from(["z", 0.5] + ["age"] * ("age" in ds.coords)))}

@@ -64,10 +64,10 @@ def _lengths(binding: Binding, sizes: Mapping[str, int]) -> dict[str, int]:
 
 def _moved(
     site: Site, probe: Site | None, lengths: dict[str, int], probe_lengths: dict[str, int]
-) -> dict[int, str]:
-    """Axes whose length followed a dimension from the trace to the probe."""
+) -> dict[int, str] | None:
+    """Axes whose length followed a dimension to the probe; None where there is no probe."""
     if probe is None or len(probe.shape) != len(site.shape):
-        return {}
+        return None
     found = {}
     for axis, pair in enumerate(zip(site.shape, probe.shape, strict=True)):
         for dim, length in lengths.items():
@@ -78,7 +78,7 @@ def _moved(
 
 def _dims(
     site: Site,
-    moved: dict[int, str],
+    moved: dict[int, str] | None,
     binding: Binding,
     sizes: Mapping[str, int],
     lengths: dict[str, int],
@@ -90,9 +90,12 @@ def _dims(
     dims: list[str | None] = []
     for axis, size in enumerate(site.shape):
         place = axis - batch + len(observed)
-        positional = observed[place] if 0 <= place < len(observed) and axis < batch else None
+        positional = None
+        if moved is None and 0 <= place < len(observed) and axis < batch:
+            # With a probe, an axis that did not move only happens to be as long.
+            positional = observed[place]
         frame = frames.get(axis)
-        if axis in moved:
+        if moved is not None and axis in moved:
             dims.append(moved[axis])
         elif axis >= batch:
             dims.append(_event_dim(site, binding, axis - batch))
