@@ -163,16 +163,16 @@ def test_a_data_array_is_an_argument(ds):
 
 def test_a_data_array_is_aligned_by_label(ds):
     def model(x, tas=None):
-        numpyro.deterministic("copy", x + jnp.zeros((1, 3, 2)))
+        numpyro.deterministic("copy", x)
         numpyro.sample("tas", dist.Normal(x, 1), obs=tas)
 
     x = xr.DataArray(np.arange(6.0), dims="time", coords={"time": [5, 3, 1, 0, 2, 4]})
     fit = ds.aimz.from_posterior(model, {}, {"x": x})
     got = ds.aimz.predict(fit, sites="copy").compute()["copy"]
-    np.testing.assert_array_equal(got.isel(chain=0, draw=0, lat=0, lon=0), [3, 2, 4, 1])
+    np.testing.assert_array_equal(got.isel(chain=0, draw=0), [3, 2, 4, 1])
 
 
-@pytest.mark.parametrize("value", [3, 2.5, True, None, (1, 2), np.arange(3)], ids=repr)
+@pytest.mark.parametrize("value", [3, 2.5, True, None, (1, 2), np.arange(7)], ids=repr)
 def test_constants_reach_the_model_as_they_are(ds, value):
     binding, passed = handed(ds, "k", variables={"k": value})
     assert passed["k"] is value

@@ -94,7 +94,7 @@ def test_dims_that_are_not_observed_take_the_order_of_the_fit(ds):
 @pytest.mark.parametrize("bands", [["red"], ["red", "green"]])
 def test_dims_that_are_not_observed_have_the_labels_of_the_fit(ds, binding, bands):
     other = ds.isel(band=slice(len(bands))).assign_coords(band=bands)
-    with pytest.raises(LabelError, match=r"'weights'.*'band'.*'blue'"):
+    with pytest.raises(LabelError, match=r"'band'.*'blue'"):
         gather(binding, other, outcomes=False)
 
 

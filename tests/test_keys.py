@@ -841,4 +841,4 @@ def test_draws_are_pinned():
     key = keys.site_key(keys.seed_key(42), "tas")
     np.testing.assert_array_equal(key, [1189725654, 568078948])
     bits = jax.random.bits(generator_key(cellwise._generator(BATCH, (), ()), ADDRESS), BATCH)
-    np.testing.assert_array_equal(bits[0], [3764846621, 563609539, 3384573482])
+    np.testing.assert_array_equal(bits[0], [3027537869, 3043879216, 1632242336])

@@ -85,13 +85,17 @@ def _dims(
     around: set[tuple[str, int]],
 ) -> tuple[str | None, ...]:
     observed = tuple(lengths)
+    own = _outcome_dims(site, binding, observed)
+    if own is not None:
+        return own
     batch = site.batch_ndim if site.kind != "deterministic" else _batch_ndim(site, lengths)
     frames = {batch + p.dim: p for p in site.plates if batch + p.dim >= 0}
     dims: list[str | None] = []
     for axis, size in enumerate(site.shape):
         place = axis - batch + len(observed)
         positional = None
-        if moved is None and 0 <= place < len(observed) and axis < batch:
+        spans = site.kind != "deterministic" or site.plates or len(site.shape) >= len(observed) > 1
+        if moved is None and spans and 0 <= place < len(observed) and axis < batch:
             # With a probe, an axis that did not move only happens to be as long.
             positional = observed[place]
         frame = frames.get(axis)
@@ -101,7 +105,10 @@ def _dims(
             dims.append(_event_dim(site, binding, axis - batch))
         elif frame is not None and size == frame.size:
             by_place = positional if (frame.name, frame.dim) in around else None
-            dims.append(_plate_dim(frame.name, size, by_place, lengths, sizes))
+            fits = by_place is not None and size == lengths[by_place]
+            other = sizes.get(frame.name, size) != size
+            named = f"{site.name}_dim_{axis}" if other else frame.name
+            dims.append(by_place if fits else named)
         elif positional and size == lengths[positional] and site.kind != "latent":
             dims.append(positional)
         elif size == 1 and (site.plates or site.kind != "latent"):
@@ -119,16 +126,17 @@ def _batch_ndim(site: Site, lengths: Mapping[str, int]) -> int:
     return min(depth, len(site.shape))
 
 
-def _plate_dim(
-    name: str,
-    size: int,
-    by_place: str | None,
-    lengths: Mapping[str, int],
-    sizes: Mapping[str, int],
-) -> str:
-    if by_place is not None and size == lengths[by_place]:
-        return by_place
-    return name
+def _outcome_dims(
+    site: Site, binding: Binding, observed: tuple[str, ...]
+) -> tuple[str | None, ...] | None:
+    """An outcome's dims are those of its variable, as it was laid out for the model."""
+    if site.obs_argument is None:
+        return None
+    source = binding.argument(site.obs_argument).sources[0]
+    first: list[str | None] = [d if d in (*source.dims, TABLE) else None for d in observed]
+    extra: list[str | None] = [d for d in source.dims if d not in binding.dims]
+    dims = tuple(first + extra) if set(source.dims) & set(binding.dims) else tuple(extra)
+    return dims if len(dims) == len(site.shape) else None
 
 
 def _event_dim(site: Site, binding: Binding, index: int) -> str:

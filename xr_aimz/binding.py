@@ -41,12 +41,19 @@ LAYOUTS = ("grid", "table")
 
 @dataclass(frozen=True)
 class Source:
-    """One variable behind an argument, as the fit had it."""
+    """One variable behind an argument, as the fit had it.
 
+    ``key`` is its own in the binding: one variable may serve two arguments. ``data`` is the
+    DataArray given in place of a name; ``shadowed``, that the fit's Dataset had a variable
+    of the argument's name all the same, which is not what is meant.
+    """
+
+    key: str
     name: str
     dims: tuple[str, ...]
     units: str | None = None
     data: xr.DataArray | None = field(default=None, compare=False, repr=False)
+    shadowed: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,26 +174,25 @@ def _is_constant(given: Any) -> bool:
 
 def _bind(ds: xr.Dataset, argument: str, given: Any) -> Argument:
     if isinstance(given, xr.DataArray):
-        return Argument(argument, (_source(argument, given, keep=True),))
+        made = _source(argument, argument, given)
+        return Argument(argument, (replace(made, data=given, shadowed=_has(ds, argument)),))
     if isinstance(given, str):
-        return Argument(argument, (_source(given, find(ds, given, argument)),))
+        return Argument(argument, (_source(argument, given, find(ds, given, argument)),))
     strays = [g for g in given if not isinstance(g, str)]
     if strays:
         raise BindingError(
             f"variables={{{argument!r}: ...}}: a list names variables; found {strays!r} in it"
         )
-    sources = tuple(_source(name, find(ds, name, argument)) for name in given)
+    sources = tuple(
+        _source(f"{argument}[{i}]", name, find(ds, name, argument)) for i, name in enumerate(given)
+    )
     return Argument(argument, sources, stacked=True)
 
 
-def _source(name: str, array: xr.DataArray, *, keep: bool = False) -> Source:
+def _source(key: str, name: str, array: xr.DataArray) -> Source:
     units = array.attrs.get("units")
-    return Source(
-        name,
-        tuple(map(str, array.dims)),
-        None if units is None else str(units),
-        array if keep else None,
-    )
+    dims = tuple(map(str, array.dims))
+    return Source(key, name, dims, None if units is None else str(units))
 
 
 def observation_dims(
@@ -231,19 +237,19 @@ def arrange(
     Parameters
     ----------
     binding : Binding
-    arrays : mapping of source name to array
+    arrays : mapping of source key to array
         Outcomes left out are left to their default, ``None``.
-    dims : mapping of source name to tuple of str
+    dims : mapping of source key to tuple of str
         The dims of each array: observation dims first, in order.
     block : Block
     """
     passed = dict(binding.constants)
     for argument in binding.arguments:
-        names = [source.name for source in argument.sources]
-        if not all(name in arrays for name in names):
+        keys = [source.key for source in argument.sources]
+        if not all(key in arrays for key in keys):
             continue
         place = _table if binding.layout == "table" else _grid
-        laid = [place(arrays[n], dims[n], binding.dims, block.sizes) for n in names]
+        laid = [place(arrays[k], dims[k], binding.dims, block.sizes) for k in keys]
         if argument.stacked:
             laid = [jnp.stack(jnp.broadcast_arrays(*laid), axis=-1)]
         passed[argument.name] = laid[0]

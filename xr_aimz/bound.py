@@ -30,6 +30,7 @@ from xr_aimz.binding import (
 from xr_aimz.device import device_dtype
 from xr_aimz.errors import BindingError, DimensionError, ModelError
 from xr_aimz.inputs import Inputs, gather
+from xr_aimz.labelling import result_name
 from xr_aimz.model import Parameter, Site, observed_through, parameters, trace_sites
 
 __all__ = ["Bound", "bind"]
@@ -85,7 +86,11 @@ def bind(
         _check_observed(bound, signature, observed)
     else:
         bound = _with_unknowns(bound, signature, known)
-    return _named(bound)
+        _check_dims_known(bound, dim)
+    bound = _named(bound)
+    _check_names(bound)
+    _check_constants(bound)
+    return bound
 
 
 def _binding(
@@ -163,7 +168,7 @@ def _traced(model: Callable, binding: Binding, inputs: Inputs) -> tuple[Bound, s
     structs = _structs(inputs, inputs.sizes)
     sites = {s.name: s for s in trace_sites(model, arranged, structs, block)}
     through = observed_through(model, arranged, structs, block) if structs else {}
-    owner = {s.name: a.name for a in binding.arguments for s in a.sources}
+    owner = {s.key: a.name for a in binding.arguments for s in a.sources}
     reached: set[str] = set()
     for name, sources in through.items():
         names = {owner[source] for source in sources}
@@ -229,6 +234,16 @@ def _with_unknowns(
     return replace(bound, sites=sites)
 
 
+def _check_dims_known(bound: Bound, dim: Any) -> None:
+    """Without its outcome a Dataset does not tell which dimensions are observed."""
+    dims = {d for a in bound.binding.arguments for s in a.sources for d in s.dims}
+    if dim is None and not bound.binding.outcomes and len(dims) > 1:
+        raise DimensionError(
+            "the outcome is not in the Dataset, so its dimensions are not known; say which of "
+            f"{sorted(dims)!r} are the observations': dim=(...)"
+        )
+
+
 def _named(bound: Bound) -> Bound:
     """The sites with their dims, from a second trace on a probe where the model allows one."""
     binding, sizes = bound.binding, probe_sizes(bound.binding, bound.inputs.sizes)
@@ -240,4 +255,40 @@ def _named(bound: Bound) -> Bound:
         # Sizes are written into the model: its axes are matched by position instead.
         probed = None
     sites = with_dims(tuple(bound.sites.values()), probed, binding, bound.inputs.sizes)
-    return replace(bound, sites={s.name: s for s in sites})
+    labels = {
+        d: bound.inputs.labels[d]
+        for site in sites
+        for d, n in zip(site.dims, site.shape, strict=True)
+        if d is not None
+        and d in bound.inputs.labels
+        and d not in binding.dims
+        and bound.inputs.sizes[d] == n
+    }
+    binding = replace(binding, labels={**binding.labels, **labels})
+    return replace(bound, binding=binding, sites={s.name: s for s in sites})
+
+
+def _check_names(bound: Bound) -> None:
+    """Two results of one name would be one result."""
+    taken: dict[str, str] = {}
+    for site in bound.sites.values():
+        name = result_name(bound.binding, site)
+        if name in taken and site.kind != "param":
+            raise ModelError(
+                f"sites {taken[name]!r} and {site.name!r} would both be called {name!r} in a "
+                "result; rename one of the sites, or the variable"
+            )
+        taken[name] = site.name
+
+
+def _check_constants(bound: Bound) -> None:
+    """An array along the observations has labels, or it cannot be selected with them."""
+    sizes = {bound.inputs.sizes[d]: d for d in bound.binding.dims if bound.inputs.sizes[d] > 1}
+    for name, value in bound.binding.constants.items():
+        along = [sizes[n] for n in getattr(value, "shape", ()) if n in sizes]
+        if along:
+            raise BindingError(
+                f"variables={{{name!r}: ...}} is an array without labels, as long as "
+                f"{along[0]!r}; say so, xr.DataArray(values, dims={along[0]!r}, coords=...), or "
+                "give a tuple if it only happens to be"
+            )

@@ -105,7 +105,7 @@ def _arguments(bound: Bound) -> tuple[Sequence[str], Rows]:
     for argument in bound.binding.arguments:
         role = "outcome" if argument.outcome else "input"
         for source in argument.sources:
-            array = bound.inputs.arrays.get(source.name)
+            array = bound.inputs.arrays.get(source.key)
             dtype = "" if array is None else str(array.dtype)
             dims = ", ".join(source.dims)
             rows.append((argument.name, role, source.name, dims, dtype, source.units or ""))

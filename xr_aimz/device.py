@@ -8,11 +8,11 @@ are kept by what they were made from, once per process; a task only ever calls o
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from math import prod
 from typing import Any
 
-import cloudpickle
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
@@ -21,7 +21,7 @@ from xr_aimz.errors import DtypeError
 from xr_aimz.kernel import Call
 from xr_aimz.model import Block, tracing
 
-__all__ = ["fingerprint", "output_shapes", "run", "to_device_dtype"]
+__all__ = ["device_dtype", "run", "to_device_dtype", "traced"]
 
 _compiled: dict[Any, Any] = {}
 # How many elements one step of the map over draws should have: measured on two cores, see
@@ -30,19 +30,20 @@ _STEP_ELEMENTS = 2**18
 _STEP_DRAWS = 16
 
 
-def fingerprint(*parts: Any) -> str:
-    """A name for what a program was made from: equal parts, equal name.
+def traced(call: Call, block: Block, draw: Any, shared: Any) -> tuple[dict[str, Any], str]:
+    """Shape and dtype of each output for one draw, and a name for the traced program.
 
-    Functions of importable modules are pickled by reference, so their code goes in too:
-    a reloaded module is another model.
+    Nothing is computed. The name is a digest of what the trace found, constants included,
+    so a model that was reloaded, or that reads a global which has changed, is another
+    program.
     """
-    codes = [_code(part) for part in parts]
-    return hashlib.sha256(cloudpickle.dumps((parts, codes))).hexdigest()
-
-
-def _code(part: Any) -> Any:
-    code = getattr(part, "__code__", None)
-    return None if code is None else (code.co_code, repr(code.co_consts), code.co_names)
+    with tracing(block):
+        jaxpr, outputs = jax.make_jaxpr(call, return_shape=True)(draw, shared)
+    # Functions inside a program print their address, which says nothing.
+    digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(jaxpr)).encode())
+    for constant in jaxpr.consts:
+        digest.update(np.asarray(constant).tobytes())
+    return outputs, digest.hexdigest()
 
 
 def to_device_dtype(name: str, values: np.ndarray) -> np.ndarray:
@@ -66,12 +67,6 @@ def device_dtype(dtype: np.dtype) -> np.dtype:
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
 
 
-def output_shapes(call: Call, block: Block, draw: Any, shared: Any) -> dict[str, Any]:
-    """Shape and dtype of each output for one draw: nothing is computed."""
-    with tracing(block):
-        return jax.eval_shape(call, draw, shared)
-
-
 def run(
     name: str, make_call: Callable[[], Call], block: Block, draws: Any, shared: Any
 ) -> dict[str, np.ndarray]:
@@ -80,7 +75,7 @@ def run(
     Parameters
     ----------
     name : str
-        The :func:`fingerprint` of the program behind ``make_call``.
+        What :func:`traced` called the program behind ``make_call``.
     make_call : callable
         Makes the kernel; called only when there is something to compile.
     block : Block

@@ -19,7 +19,7 @@ from xr_aimz import diagnostics, keys
 from xr_aimz.axes import dims_in_dataset
 from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.bound import Bound, bind
-from xr_aimz.device import fingerprint, run, to_device_dtype
+from xr_aimz.device import run, to_device_dtype, traced
 from xr_aimz.errors import BindingError, ConvergenceWarning
 from xr_aimz.infer.methods import inference
 from xr_aimz.infer.problem import Draws, Problem
@@ -128,7 +128,7 @@ def fit(
     asked = {name: value for name, value in given.items() if value is not None}
     infer = inference(model, method, asked, seed, shows_progress(progress))
     bound = bind(ds, model, variables, dim=dim, core_dim=core_dim, layout=layout)
-    arrays = _load(bound.inputs)
+    arrays = _load(bound.binding, bound.inputs)
     block = block_of(bound.binding, bound.inputs.sizes)
     arguments = arrange(bound.binding, arrays, bound.inputs.dims, block)
     drawn = infer(Problem(model, arguments, block, bound.sites))
@@ -137,18 +137,20 @@ def fit(
     return fitted
 
 
-def _load(inputs: Inputs) -> dict[str, jax.Array]:
+def _load(binding: Binding, inputs: Inputs) -> dict[str, jax.Array]:
     # One Dataset, so that dask reads what variables share only once.
-    loaded = xr.Dataset({name: a.variable for name, a in inputs.arrays.items()}).compute()
+    numbered = {f"array {i}": a.variable for i, a in enumerate(inputs.arrays.values())}
+    loaded = xr.Dataset(numbered).compute()
+    names = {s.key: s.name for a in binding.arguments for s in a.sources}
     arrays = {}
-    for name in inputs.arrays:
-        values = to_device_dtype(name, loaded[name].values)
+    for key, number in zip(inputs.arrays, numbered, strict=True):
+        values = to_device_dtype(names[key], loaded[number].values)
         if values.dtype.kind == "f" and (count := int(np.isnan(values).sum())):
             raise BindingError(
-                f"variable {name!r} has {count} missing values (NaN) of {values.size}; every "
-                "density would be NaN. Drop or fill them: ds.dropna(...), ds.fillna(...)"
+                f"variable {names[key]!r} has {count} missing values (NaN) of {values.size}; "
+                "every density would be NaN. Drop or fill them: ds.dropna(...), ds.fillna(...)"
             )
-        arrays[name] = jnp.asarray(values)
+        arrays[key] = jnp.asarray(values)
     return arrays
 
 
@@ -175,26 +177,25 @@ def _deterministics(
     bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array], wanted: tuple[str, ...]
 ) -> dict[str, np.ndarray]:
     binding, inputs = bound.binding.without_data(), bound.inputs
-    sources = {s.name for a in binding.inputs for s in a.sources}
     program = Program(bound.model, binding, bound.sites, inputs.dims, wanted)
     chains, draws = drawn.shape
     words = np.zeros((chains * draws, 2), np.uint32)
     latents = {n: v.reshape(chains * draws, *v.shape[2:]) for n, v in drawn.samples.items()}
+    each = {"chain": words, "draw": words, "latents": latents}
     shared = {
         "seed": np.asarray(keys.seed_key(0)),
-        "arrays": {name: np.asarray(a) for name, a in arrays.items() if name in sources},
+        # With the outcomes: a deterministic may be of what was observed.
+        "arrays": {key: np.asarray(a) for key, a in arrays.items()},
         "words": {
             d: label_words(d, inputs.labels.get(d), size=inputs.sizes[d]) for d in binding.dims
         },
         "params": dict(drawn.params),
     }
-    found = run(
-        fingerprint("deterministics", program),
-        lambda: predictive(program, inputs.sizes),
-        block_of(binding, inputs.sizes),
-        {"chain": words, "draw": words, "latents": latents},
-        shared,
-    )
+    block = block_of(binding, inputs.sizes)
+    call = predictive(program, inputs.sizes)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), each)
+    _, name = traced(call, block, one, shared)
+    found = run(name, lambda: call, block, each, shared)
     return {n: _in_model_shape(bound, n, v, (chains, draws)) for n, v in found.items()}
 
 
@@ -207,8 +208,9 @@ def _in_model_shape(
 def assemble(bound: Bound, posterior: xr.Dataset, drawn: Draws) -> Fit:
     """A Fit from a labelled posterior and what else the inference gave back."""
     binding, inputs = bound.binding, bound.inputs
-    outcomes = [s.name for a in binding.outcomes for s in a.sources]
     arrays = inputs.arrays
+    observed = {s.name: arrays[s.key] for a in binding.outcomes for s in a.sources}
+    constant = {s.name: arrays[s.key] for a in binding.inputs for s in a.sources}
     chains = {d: posterior[d] for d in ("chain", "draw") if d in posterior.coords}
     stats = {name: (("chain", "draw"), value) for name, value in drawn.stats.items()}
     losses = None
@@ -224,10 +226,15 @@ def assemble(bound: Bound, posterior: xr.Dataset, drawn: Draws) -> Fit:
         losses=losses,
         params=drawn.params,
         method=drawn.method,
-        attrs={a.name: dict(arrays[a.sources[0].name].attrs) for a in binding.outcomes},
-        observed_data=xr.Dataset({n: a for n, a in arrays.items() if n in outcomes}),
-        constant_data=xr.Dataset({n: a for n, a in arrays.items() if n not in outcomes}),
+        attrs={a.name: dict(arrays[a.sources[0].key].attrs) for a in binding.outcomes},
+        observed_data=_group(observed),
+        constant_data=_group(constant),
     )
+
+
+def _group(arrays: Mapping[str, xr.DataArray]) -> xr.Dataset:
+    # A variable that bears a dimension's name is that dimension's coordinate already.
+    return xr.Dataset({n: a for n, a in arrays.items() if n not in a.dims})
 
 
 def _warn(fitted: Fit) -> None:

@@ -10,10 +10,10 @@ import xarray as xr
 
 from xr_aimz.axes import dims_in_dataset
 from xr_aimz.bound import Bound, bind
-from xr_aimz.errors import ModelError
+from xr_aimz.errors import LabelError, ModelError
 from xr_aimz.fit import assemble
 from xr_aimz.infer.problem import Draws
-from xr_aimz.labelling import label, result_name
+from xr_aimz.labelling import extra_labels, label, result_name
 from xr_aimz.posterior import Fit
 
 __all__ = ["from_posterior"]
@@ -50,10 +50,16 @@ def from_posterior(
     ModelError
         A latent site without draws.
     """
-    given = _as_dataset(posterior)
+    given = _with_draws(_as_dataset(posterior))
     bound = bind(
         ds, model, variables, dim=dim, core_dim=core_dim, layout=layout, known=_sites_in(given)
     )
+    untrained = [n for n, s in bound.sites.items() if s.trained and n not in (params or {})]
+    if untrained:
+        raise ModelError(
+            f"param sites {untrained!r} would be left at their initial values; give what they "
+            "were trained to: params={...}"
+        )
     latent = [name for name, s in bound.sites.items() if s.kind == "latent"]
     known = {name: _find_draws(given, name) for name in latent}
     labelled = [_relabel(known[name], name, bound) for name in latent]
@@ -93,6 +99,20 @@ def _as_dataset(posterior: Any) -> xr.Dataset:
     )
 
 
+def _with_draws(given: xr.Dataset) -> xr.Dataset:
+    """The draws with a chain and a draw dimension, whose labels tell every draw apart."""
+    given = given.expand_dims([d for d in ("chain", "draw") if d not in given.dims])
+    for d in ("chain", "draw"):
+        index = given.indexes.get(d)
+        if index is not None and not index.is_unique:
+            raise LabelError(
+                f"the posterior has duplicate labels of {d!r}, "
+                f"{list(index[index.duplicated()][:3])!r} among them, and their draws would share "
+                "their noise; number them anew"
+            )
+    return given
+
+
 def _sites_in(given: xr.Dataset) -> set[str]:
     return {str(n) for n in given.data_vars} | {str(n).replace(".", "/") for n in given.data_vars}
 
@@ -110,7 +130,7 @@ def _relabel(array: xr.DataArray, name: str, bound: Bound) -> xr.DataArray:
     dims = ("chain", "draw", *dims_in_dataset(site, bound.binding))
     own = result_name(bound.binding, site)
     if set(array.dims) == set(dims):
-        return array.transpose(*dims).rename(own)
+        return _in_order(array.transpose(*dims).rename(own), bound)
     values = array.transpose("chain", "draw", ...).values
     shape = tuple(n for d, n in zip(site.dims, site.shape, strict=True) if d is not None)
     if values.shape[2:] not in (shape, site.shape):
@@ -121,3 +141,18 @@ def _relabel(array: xr.DataArray, name: str, bound: Bound) -> xr.DataArray:
     values = values.reshape(values.shape[:2] + site.shape)
     coords = {d: array.coords[d].values for d in ("chain", "draw") if d in array.coords}
     return label({name: values}, bound.sites, bound.binding, bound.inputs, **coords)[own]
+
+
+def _in_order(array: xr.DataArray, bound: Bound) -> xr.DataArray:
+    """Dimensions that are not observed in the order of labels that the model knows."""
+    for d, index in extra_labels(bound.binding).items():
+        here = array.indexes.get(d)
+        if here is None or d in bound.binding.dims or here.equals(index):
+            continue
+        if len(here) != len(index) or len(index.difference(here)):
+            raise LabelError(
+                f"draws of {array.name!r} have labels {list(here[:5])!r} on {d!r}, where the "
+                f"model is bound to {list(index[:5])!r}"
+            )
+        array = array.sel({d: index})
+    return array

@@ -33,7 +33,7 @@ class Inputs:
 
     Parameters
     ----------
-    arrays : mapping of source name to DataArray
+    arrays : mapping of source key to DataArray
         Observation dims first and in order, then the others.
     sizes : mapping of dim to int
     labels : mapping of dim to pandas.Index
@@ -77,16 +77,27 @@ def gather(binding: Binding, ds: xr.Dataset, *, outcomes: bool) -> Inputs:
     arguments = binding.arguments if outcomes else binding.inputs
     scalars = tuple(d for d in binding.dims if d not in ds.dims and _is_scalar(ds, d))
     ds = ds.assign_coords({d: (d, ds[d].values[None], ds[d].attrs) for d in scalars})
+    ds = _in_order(binding, ds)
     _check_dims(binding, ds, arguments)
     arrays: dict[str, xr.DataArray] = {}
     for argument in arguments:
         for source in argument.sources:
-            arrays[source.name] = _fetch(binding, ds, argument, source, scalars)
-    sizes = {str(d): n for a in arrays.values() for d, n in a.sizes.items()} | {
-        str(d): n for d, n in ds.sizes.items()
-    }
+            arrays[source.key] = _fetch(binding, ds, argument, source, scalars)
+    sizes = _sizes(ds, arrays)
     chunks = _chunks(binding, ds, arrays)
-    return Inputs(arrays, sizes, _labels(ds, sizes), _coords(ds), scalars, chunks)
+    return Inputs(arrays, sizes, _labels(ds, arrays), _coords(ds), scalars, chunks)
+
+
+def _sizes(ds: xr.Dataset, arrays: Mapping[str, xr.DataArray]) -> dict[str, int]:
+    sizes = {str(d): n for d, n in ds.sizes.items()}
+    for key, array in arrays.items():
+        for dim, n in array.sizes.items():
+            if sizes.setdefault(str(dim), n) != n:
+                raise DimensionError(
+                    f"argument {key!r} has {n} entries along {dim!r}, where the Dataset has "
+                    f"{sizes[str(dim)]}, without labels to align them; give both a coordinate"
+                )
+    return sizes
 
 
 def _is_scalar(ds: xr.Dataset, dim: str) -> bool:
@@ -121,14 +132,14 @@ def _fetch(
             array = array.expand_dims({d: ds[d].values})
     array = array.reset_coords(drop=True)
     _check_array(binding, ds, argument, source, array)
-    array = _in_order(binding, argument, source, array)
     first = [d for d in binding.dims if d in array.dims]
     return array.transpose(*first, *[d for d in source.dims if d not in binding.dims])
 
 
 def _aligned(ds: xr.Dataset, argument: Argument, source: Source) -> xr.DataArray:
     """The variable; or the DataArray given at the fit, on this Dataset's labels."""
-    if source.data is None or source.name in ds.variables:
+    given_now = source.name in ds.variables and not source.shadowed
+    if source.data is None or given_now:
         return find(ds, source.name, argument.name)
     array = source.data
     for dim, index in ds.indexes.items():
@@ -140,8 +151,8 @@ def _aligned(ds: xr.Dataset, argument: Argument, source: Source) -> xr.DataArray
         if len(absent):
             raise LabelError(
                 f"argument {argument.name!r}: its DataArray lacks {len(absent)} labels of "
-                f"{dim!r}, {list(absent[:3])!r} among them; put a variable {source.name!r} "
-                "into the Dataset instead"
+                f"{dim!r}, {list(absent[:3])!r} among them; bind the argument to a variable "
+                "of the Dataset by name instead"
             )
         array = array.sel({dim: index})
     return array
@@ -180,7 +191,12 @@ def _check_dtype(what: str, argument: Argument, source: Source, array: xr.DataAr
     kind, name = array.dtype.kind, source.name
     if kind in "fiub":
         return
-    dates = kind == "O" and xr.core.common.contains_cftime_datetimes(array.variable)
+    # An object array of dask's is refused unseen: to look at it would be to compute it.
+    dates = (
+        kind == "O"
+        and array.chunks is None
+        and xr.core.common.contains_cftime_datetimes(array.variable)
+    )
     if kind == "M" or dates:
         remedy = (
             f"give it a decimal year: ds.assign_coords(year=ds[{name!r}].dt.decimal_year) and "
@@ -202,24 +218,19 @@ def _check_dtype(what: str, argument: Argument, source: Source, array: xr.DataAr
     )
 
 
-def _in_order(
-    binding: Binding, argument: Argument, source: Source, array: xr.DataArray
-) -> xr.DataArray:
-    """Dimensions that are not observed have the fit's own order of labels."""
-    for d in array.dims:
-        index = binding.labels.get(str(d))
-        if d in binding.dims or index is None or d not in array.indexes:
-            continue
-        here = array.indexes[d]
-        if here.equals(index):
+def _in_order(binding: Binding, ds: xr.Dataset) -> xr.Dataset:
+    """Dimensions that are not observed have the fit's own labels, in the fit's order."""
+    for d, index in binding.labels.items():
+        here = ds.indexes.get(d)
+        if here is None or here.equals(index):
             continue
         if len(here) != len(index) or len(index.difference(here)):
             raise LabelError(
-                f"variable {source.name!r} (argument {argument.name!r}) has labels "
-                f"{list(here[:5])!r} on {d!r}; the fit had {list(index[:5])!r}"
+                f"dimension {d!r} has labels {list(here[:5])!r}; the fit had {list(index[:5])!r}, "
+                "and the model knows no others: select those, or fit with these"
             )
-        array = array.sel({d: index})
-    return array
+        ds = ds.sel({d: index})
+    return ds
 
 
 def _chunks(
@@ -230,7 +241,7 @@ def _chunks(
     others = [v.chunksizes for v in ds.variables.values()]
     found: dict[str, tuple[int, ...]] = {}
     for chunked in ([a.chunksizes for a in arrays.values()], others):
-        for dim in (d for d in binding.dims if d not in found):
+        for dim in (d for d in binding.dims if d not in (*found, *binding.core_dims)):
             if mine := [c[dim] for c in chunked if dim in c]:
                 found[dim] = common_chunks(mine)
     return found
@@ -242,8 +253,9 @@ def common_chunks(found: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in pairwise(sorted(edges)))
 
 
-def _labels(ds: xr.Dataset, sizes: Mapping[str, int]) -> dict[str, pd.Index]:
-    return {d: ds.indexes[d] for d in sizes if d in ds.indexes}
+def _labels(ds: xr.Dataset, arrays: Mapping[str, xr.DataArray]) -> dict[str, pd.Index]:
+    own = {str(d): i for a in arrays.values() for d, i in a.indexes.items()}
+    return own | {str(d): i for d, i in ds.indexes.items()}
 
 
 def _coords(ds: xr.Dataset) -> xr.Dataset:

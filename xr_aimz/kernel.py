@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -61,7 +62,11 @@ def predictive(program: Program, sizes: Mapping[str, int]) -> Call:
 
     def call(draw: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, jax.Array]:
         trace = _run(program, block, draw, shared)
-        return {name: _out(program, name, trace[name]["value"], sizes) for name in program.returns}
+        found = {}
+        for name in program.returns:
+            site = program.sites[name]
+            found[name] = _out(program, site, site.dims, trace[name]["value"], sizes)
+        return found
 
     return call
 
@@ -75,7 +80,8 @@ def log_likelihood(program: Program, sizes: Mapping[str, int]) -> Call:
         found = {}
         for name in program.returns:
             density = trace[name]["fn"].log_prob(trace[name]["value"])
-            found[name] = _out(program, name, density, sizes)
+            site = program.sites[name]
+            found[name] = _out(program, site, site.dims[: site.batch_ndim], density, sizes)
         return found
 
     return call
@@ -94,7 +100,9 @@ def _run(
     loose = jax.random.wrap_key_data(keys.site_key(key, "numpyro.prng_key"), impl="threefry2x32")
     model = handlers.substitute(handlers.seed(program.model, loose), data=known)
     drawn = handlers.substitute(model, substitute_fn=_drawer(program, block, shared["words"], key))
-    return handlers.trace(drawn).get_trace(**passed)
+    trace = handlers.trace(drawn).get_trace(**passed)
+    _check_trace(program, trace, known)
+    return trace
 
 
 def _drawer(
@@ -110,7 +118,7 @@ def _drawer(
     def draw(message: Mapping[str, Any]) -> jax.Array | None:
         if message["type"] != "sample" or message["value"] is not None:
             return None
-        site = program.sites[message["name"]]
+        site = _known(program, message["name"])
         dims = site.dims[: site.batch_ndim]
         site_key = keys.site_key(key, site.name)
         step = message["infer"].get("_scan_current_index")
@@ -152,7 +160,47 @@ def _address(fn: Any, site: Site, dims: Dims, addresses: Addresses) -> list[keys
     return found
 
 
-def _out(program: Program, name: str, value: Any, sizes: Mapping[str, int]) -> jax.Array:
+def _out(program: Program, site: Site, dims: Dims, value: Any, sizes: Mapping[str, int]) -> Any:
+    """A site's value as it is in a Dataset: as long along each dim as the block."""
     value = jnp.asarray(value)
-    dims = program.sites[name].dims[: value.ndim]
-    return jnp.reshape(value, shape_in_dataset(dims, program.binding, sizes, value.shape))
+    lengths = {**sizes, TABLE: prod(sizes[d] for d in program.binding.dims)}
+    observed = {*program.binding.dims, TABLE}
+    shape = (1,) * (len(dims) - value.ndim) + value.shape
+    whole = tuple(
+        lengths[d] if d in observed and d is not None else n
+        for d, n in zip(dims, shape, strict=True)
+    )
+    if any(n not in (1, m) for n, m in zip(shape, whole, strict=True)):
+        raise ModelError(
+            f"site {site.name!r} has shape {value.shape!r} on a block of {dict(sizes)!r}, where "
+            f"its dims {dims!r} are of lengths {whole!r}"
+        )
+    value = jnp.broadcast_to(jnp.reshape(value, shape), whole)
+    return jnp.reshape(value, shape_in_dataset(dims, program.binding, sizes, whole))
+
+
+def _known(program: Program, name: str) -> Site:
+    if name not in program.sites:
+        raise ModelError(
+            f"site {name!r} is in the model without its outcome, and was not in the fit, which "
+            f"had {sorted(program.sites)!r}; a model must have the same sites with and without"
+        )
+    return program.sites[name]
+
+
+def _check_trace(program: Program, trace: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """The model on this block is the one that was fitted: same sites, latents of their shape."""
+    gone = [name for name in program.returns if name not in trace]
+    if gone:
+        raise ModelError(f"sites {gone!r} of the fit are not in the model without its outcome")
+    for name, message in trace.items():
+        if message["type"] != "sample" or name not in known or program.sites[name].scanned:
+            continue
+        fn = message["fn"]
+        needed = fn.batch_shape + fn.event_shape
+        if jnp.shape(known[name]) != needed:
+            raise ModelError(
+                f"latent site {name!r} has draws of shape {jnp.shape(known[name])!r} for this "
+                f"block, and the model wants {needed!r}; take sizes from the arguments or from "
+                "xr_aimz.plate, not from the model"
+            )

@@ -20,7 +20,7 @@ from xr_aimz.errors import DimensionError, LabelError
 from xr_aimz.inputs import Inputs
 from xr_aimz.model import Site
 
-__all__ = ["label", "on_labels", "result_name", "with_coords"]
+__all__ = ["extra_labels", "label", "on_labels", "result_name", "with_coords"]
 
 
 def result_name(binding: Binding, site: Site) -> str:

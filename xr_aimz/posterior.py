@@ -60,7 +60,8 @@ class Fit:
     attrs: Mapping[str, Mapping[str, Any]]
     observed_data: xr.Dataset
     constant_data: xr.Dataset
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    # Not an argument: a copy with other draws is another fit.
+    token: str = field(init=False, default_factory=lambda: uuid.uuid4().hex)
 
     def diagnostics(self) -> xr.Dataset:
         """R-hat, bulk and tail effective sample size of each variable, and divergences.

@@ -16,20 +16,22 @@ from typing import Any
 import jax
 import numpy as np
 import xarray as xr
+from numpyro.ops.provenance import eval_provenance
 
 from xr_aimz import keys
 from xr_aimz.axes import dims_in_dataset
 from xr_aimz.binding import block_of
 from xr_aimz.blocks import Factory, Task, lazy_sites
-from xr_aimz.device import device_dtype, fingerprint, output_shapes, to_device_dtype
-from xr_aimz.errors import MissingVariableError, OptionError
+from xr_aimz.device import device_dtype, to_device_dtype, traced
+from xr_aimz.errors import MissingVariableError, ModelError, OptionError
 from xr_aimz.inputs import Inputs, gather
 from xr_aimz.kernel import Program, predictive
 from xr_aimz.kernel import log_likelihood as density_kernel
 from xr_aimz.labelling import on_labels, result_name, with_coords
 from xr_aimz.labels import label_words
+from xr_aimz.model import tracing
 from xr_aimz.options import get_options
-from xr_aimz.plan import plan
+from xr_aimz.plan import Plan, plan
 from xr_aimz.posterior import Fit
 
 __all__ = ["log_likelihood", "predict"]
@@ -154,8 +156,8 @@ class _Evaluation:
     def shape(self) -> tuple[int, int]:
         return self.posterior.sizes.get("chain", 1), self.posterior.sizes.get("draw", 1)
 
-    def outputs(self, sizes: Mapping[str, int]) -> dict[str, Any]:
-        """Shape and dtype of each output for one draw of a block of those sizes."""
+    def structs(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a kernel is called with, for one draw of a block of those sizes."""
         binding = self.fit.binding
 
         def struct(array: xr.DataArray) -> jax.ShapeDtypeStruct:
@@ -167,31 +169,57 @@ class _Evaluation:
         latents = {name: struct(a) for name, a in self.latents.items()}
         shared = {
             "seed": word,
-            "arrays": {name: struct(a) for name, a in self.inputs.arrays.items()},
+            "arrays": {key: struct(a) for key, a in self.inputs.arrays.items()},
             "words": {d: jax.ShapeDtypeStruct((sizes[d], 2), np.uint32) for d in binding.dims},
             "params": self.fit.params,
         }
-        draw = {"chain": word, "draw": word, "latents": latents}
+        return {"chain": word, "draw": word, "latents": latents}, shared
+
+    def traced(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], str]:
+        """Outputs for one draw of a block of those sizes, and the name of the program."""
+        block = block_of(self.fit.binding, sizes)
+        return traced(self.factory(self.program, sizes), block, *self.structs(sizes))
+
+    def reached(self, site: str) -> set[str]:
+        """The arrays and latents that a site is made from."""
+        sizes = self.inputs.sizes
+        draw, shared = self.structs(sizes)
         call = self.factory(self.program, sizes)
-        return output_shapes(call, block_of(binding, sizes), draw, shared)
+
+        def value(**named: Any) -> Any:
+            latents = {n: named[n] for n in draw["latents"]}
+            arrays = {k: named[f"array {k}"] for k in shared["arrays"]}
+            return call({**draw_words, "latents": latents}, {**rest, "arrays": arrays})[site]
+
+        named = {**draw["latents"], **{f"array {k}": a for k, a in shared["arrays"].items()}}
+        zero = np.zeros(2, np.uint32)
+        draw_words = {"chain": zero, "draw": zero}
+        words = {d: np.zeros(w.shape, np.uint32) for d, w in shared["words"].items()}
+        rest = {"seed": zero, "words": words, "params": shared["params"]}
+        with tracing(block_of(self.fit.binding, sizes)):
+            found = eval_provenance(value, **named)
+        return {str(n).removeprefix("array ") for n in found}
 
 
 def _lazy(wanted: _Evaluation) -> xr.Dataset:
     """The sites as lazy arrays with dims, without coordinates."""
     fit, inputs, binding = wanted.fit, wanted.inputs, wanted.fit.binding
-    for name, array in inputs.arrays.items():
+    for key, array in inputs.arrays.items():
         if array.chunks is None and array.dtype.kind in "iu":
             # A task would find it too; values in memory can be looked at now.
-            to_device_dtype(name, array.values)
-    weight = sum(o.size * o.dtype.itemsize for o in wanted.outputs(inputs.sizes).values())
+            to_device_dtype(key, array.values)
+    whole, _ = wanted.traced(inputs.sizes)
+    weight = sum(o.size * o.dtype.itemsize for o in whole.values())
     cut = plan(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
+    _check_cut(wanted, cut)
     padded = {d: cut.largest(d) for d in binding.dims}
+    structs, name = wanted.traced({**inputs.sizes, **padded})
     outputs = {
-        name: (dims_in_dataset(fit.sites[name], binding)[: len(struct.shape)], struct)
-        for name, struct in wanted.outputs({**inputs.sizes, **padded}).items()
+        site: (dims_in_dataset(fit.sites[site], binding)[: len(struct.shape)], struct)
+        for site, struct in structs.items()
     }
     task = Task(
-        name=fingerprint(wanted.factory.__name__, wanted.program),
+        name=name,
         identity=fit.token,
         factory=wanted.factory,
         program=wanted.program,
@@ -211,6 +239,31 @@ def _lazy(wanted: _Evaluation) -> xr.Dataset:
             for name, array in lazy.items()
         }
     )
+
+
+def _check_cut(wanted: _Evaluation, cut: Plan) -> None:
+    """What has no part in a dimension that is cut must be the same in all its blocks."""
+    pieces = {d for d, chunks in cut.chunks.items() if len(chunks) > 1}
+    reads = {k: pieces & set(map(str, a.dims)) for k, a in wanted.inputs.arrays.items()}
+    reads |= {n: pieces & set(map(str, a.dims)) for n, a in wanted.latents.items()}
+    for name in wanted.sites:
+        site = wanted.fit.sites[name]
+        dims = dims_in_dataset(site, wanted.fit.binding)
+        if site.scanned and dims and dims[0] in pieces:
+            raise ModelError(
+                f"site {name!r} is inside a scan along {dims[0]!r}, which is cut into blocks; "
+                f"fit with core_dim={dims[0]!r}"
+            )
+        through = {k: d - set(dims) for k, d in reads.items() if d - set(dims)}
+        if site.kind == "deterministic" and through:
+            reached = wanted.reached(name) & set(through)
+            if reached:
+                lost = sorted(set().union(*(through[k] for k in reached)))
+                raise ModelError(
+                    f"deterministic {name!r} has no dimension {lost!r} but is made from "
+                    f"{sorted(reached)!r}, which have: each block would give another. Leave it "
+                    f"out, sites=..., or keep the dimension whole: core_dim={lost!r} at the fit"
+                )
 
 
 def _chosen(fit: Fit, sites: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from xr_aimz.options import shows_progress
 __all__ = ["to_zarr"]
 
 INCOMPLETE = "xr_aimz_incomplete"
+_KEPT = ("units", "calendar")
 
 
 def to_zarr(
@@ -102,7 +103,12 @@ def _uniform(ds: xr.Dataset) -> xr.Dataset:
     }
     coords = {name: v for name, v in strings.items() if name in ds.coords}
     data = {name: v for name, v in strings.items() if name not in ds.coords}
-    return ds.chunk(ragged).assign_coords(coords).assign(data)
+    uniform = ds.copy().chunk(ragged).assign_coords(coords).assign(data)
+    for variable in uniform.variables.values():
+        # How a source was stored (its codecs, its chunks) is no way to store this; how its
+        # times were counted is.
+        variable.encoding = {k: v for k, v in variable.encoding.items() if k in _KEPT}
+    return uniform
 
 
 def _encoding(ds: xr.Dataset) -> dict[str, dict[str, Any]]:
