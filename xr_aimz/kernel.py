@@ -58,30 +58,32 @@ class Program:
 
 def predictive(program: Program, sizes: Mapping[str, int]) -> Call:
     """The values of ``program.returns`` for one draw of the posterior, on one block."""
-    block = block_of(program.binding, sizes)
-
-    def call(draw: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, jax.Array]:
-        trace = _run(program, block, draw, shared)
-        found = {}
-        for name in program.returns:
-            site = program.sites[name]
-            found[name] = _out(program, site, site.dims, trace[name]["value"], sizes)
-        return found
-
-    return call
+    return _call(program, sizes, lambda site, message: (site.dims, message["value"]))
 
 
 def log_likelihood(program: Program, sizes: Mapping[str, int]) -> Call:
     """The log density of each observation for one draw, event dims summed."""
+
+    def density(site: Site, message: Mapping[str, Any]) -> tuple[Dims, Any]:
+        return site.dims[: site.batch_ndim], message["fn"].log_prob(message["value"])
+
+    return _call(program, sizes, density)
+
+
+def _call(
+    program: Program,
+    sizes: Mapping[str, int],
+    read: Callable[[Site, Mapping[str, Any]], tuple[Dims, Any]],
+) -> Call:
+    """Run the model for one draw, and read something of each returned site."""
     block = block_of(program.binding, sizes)
 
     def call(draw: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, jax.Array]:
         trace = _run(program, block, draw, shared)
         found = {}
         for name in program.returns:
-            density = trace[name]["fn"].log_prob(trace[name]["value"])
             site = program.sites[name]
-            found[name] = _out(program, site, site.dims[: site.batch_ndim], density, sizes)
+            found[name] = _out(program, site, *read(site, trace[name]), sizes)
         return found
 
     return call
