@@ -20,7 +20,7 @@ LEAST_CELLS = 1024
 
 def cut(sizes, shape, limit, *, core=(), chunks=None, itemsize=4):
     dims = tuple(sizes)
-    binding = Binding((Argument("y", (Source("y", dims),)),), {}, dims, core)
+    binding = Binding((Argument("y", (Source("y", "y", dims),)),), {}, dims, core)
     inputs = Inputs({}, sizes, {}, xr.Dataset(), chunks=chunks or {})
     return plan(binding, inputs, shape, itemsize * prod(sizes.values()), limit)
 
