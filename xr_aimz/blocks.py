@@ -91,7 +91,7 @@ def lazy_sites(
     arrays = dict(inputs.arrays)
     token = tokenize(task.identity, task.name, task.seed, plan, words, labels, arrays)
     chunks = {"chain": plan.chain, "draw": plan.draw, **plan.chunks}
-    operands = _operands(task, inputs, latents, words)
+    operands = _operands(task, inputs, latents, words, chunks)
     described = replace(task, operands=tuple((kind, n, dims) for kind, n, dims, _ in operands))
     lazy = [_chunked(a, dims, chunks, f"{kind}-{n}-{token}") for kind, n, dims, a in operands]
     dims_of = [dims for _, _, dims, _ in operands]
@@ -134,19 +134,38 @@ def _operands(
     inputs: Inputs,
     latents: Mapping[str, xr.DataArray],
     words: Mapping[str, np.ndarray],
+    chunks: Mapping[str, tuple[int, ...]],
 ) -> list[tuple[str, str, tuple[str, ...], Any]]:
     """(kind, name, dims, array) of everything that a block takes its own part of."""
     found: list[tuple[str, str, tuple[str, ...], Any]] = [
         ("words", d, (d, "word"), words[d]) for d in ("chain", "draw")
     ]
     for d in task.program.binding.dims:
-        hashed = label_words(d, inputs.labels.get(d), size=inputs.sizes[d])
-        found.append(("words", d, (d, "word"), hashed))
+        found.append(("words", d, (d, "word"), _words(d, inputs, chunks[d])))
     for name, array in inputs.arrays.items():
         found.append(("array", name, tuple(map(str, array.dims)), array.data))
     for name, latent in latents.items():
         found.append(("latent", name, tuple(map(str, latent.dims)), latent.data))
     return found
+
+
+def _words(dim: str, inputs: Inputs, chunks: tuple[int, ...]) -> Any:
+    labels = inputs.labels.get(dim)
+    if labels is not None:
+        return label_words(dim, labels, size=inputs.sizes[dim])
+    # Positions are labels that a block can count for itself: there may be very many.
+    positions = da.arange(inputs.sizes[dim], chunks=(chunks,), dtype=np.int64)
+    return positions.map_blocks(
+        _position_words,
+        name_of=dim,
+        new_axis=1,
+        chunks=(chunks, (2,)),
+        meta=np.empty((0, 0), np.uint32),
+    )
+
+
+def _position_words(positions: np.ndarray, name_of: str) -> np.ndarray:
+    return label_words(name_of, positions)
 
 
 def _chunked(

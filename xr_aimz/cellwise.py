@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import Array, lax
-from jax.extend.random import define_prng_impl
+from jax.extend.random import define_prng_impl, threefry2x32_p
 from numpyro.distributions.util import lazy_property
 
 from xr_aimz.errors import RandomnessError
@@ -61,7 +61,8 @@ def fold(key: Words, words: Words) -> Array:
         uint32 of the shape of ``words``, a key for each pair.
     """
     key, words = jnp.asarray(key, jnp.uint32), jnp.asarray(words, jnp.uint32)
-    halves = threefry((key[0], key[1]), (words[..., 0], words[..., 1]))
+    # JAX's own, a loop that compiles fast; there are few keys, and many counters.
+    halves = threefry2x32_p.bind(key[0], key[1], words[..., 0], words[..., 1])
     return jnp.stack(halves, -1)
 
 

@@ -22,7 +22,7 @@ _LEAST_CELLS = 1024
 # the piece being encoded, the bytes to write. Outputs of a quarter also stay under the
 # 32 MiB above which glibc maps fresh pages for every buffer; those page faults took as
 # long as the draws themselves (docs/decisions/block-size.md).
-_COPIES = 4
+_COPIES = 8
 
 
 @dataclass(frozen=True)
