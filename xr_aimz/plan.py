@@ -18,10 +18,10 @@ __all__ = ["Plan", "plan"]
 
 # A block of fewer cells spends its time on being a task; the draws are cut before that.
 _LEAST_CELLS = 1024
-# A task holds its outputs about four times over: XLA's buffers, the arrays cut from them,
-# the piece being encoded, the bytes to write. Outputs of a quarter also stay under the
-# 32 MiB above which glibc maps fresh pages for every buffer; those page faults took as
-# long as the draws themselves (docs/decisions/block-size.md).
+# A task holds its outputs many times over: XLA's buffers, the arrays cut from them, the piece
+# being encoded, the bytes to write. Outputs of an eighth also stay well under the 32 MiB above
+# which glibc maps fresh pages for every buffer; those page faults took as long as the draws
+# themselves (docs/decisions/block-size.md).
 _COPIES = 8
 
 
