@@ -120,3 +120,9 @@ def test_a_progress_bar_is_shown_where_it_is_asked_for(ds, fit, tmp_path, capfd)
     assert "to_zarr: 100%" in capfd.readouterr().err
     ds.aimz.fit(line, method="svi", steps=1500, progress=True)
     assert "SVI: 100%" in capfd.readouterr().err
+
+
+def test_a_prediction_of_one_block_is_traced_once(ds, fit):
+    seen = len(calls)
+    ds.chunk(time=-1).aimz.predict(fit)
+    assert len(calls) == seen + 1

@@ -26,7 +26,7 @@ def of_arviz(measure, x):
     }[measure]
     draws = xr.Dataset({"x": (("chain", "draw", "n"), x)})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # ArviZ's own, of its refactoring
         try:
             import arviz_stats as arviz
         except ImportError:

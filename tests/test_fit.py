@@ -87,6 +87,14 @@ def test_a_short_fit_warns_with_figures(ds):
         ds.aimz.fit(line, draws=20, warmup=20, chains=2, progress=False)
 
 
+def test_a_fit_keeps_what_it_warned_of_and_draws_made_elsewhere_are_not_looked_at(ds, fitted):
+    assert fitted.concerns is not None
+    assert all(concern in repr(fitted) for concern in fitted.concerns)
+    other = ds.aimz.from_posterior(line, fitted.posterior)
+    assert other.concerns is None
+    assert "not looked for" in repr(other)
+
+
 def test_the_seed_is_all_that_chance_depends_on(ds, fitted):
     again = quiet_fit(ds, line, **SHORT)
     other = quiet_fit(ds, line, **{**SHORT, "seed": 1})
@@ -350,7 +358,7 @@ def test_the_tree_follows_the_schema_of_arviz(ds, fitted):
 
 def test_chains_run_at_once_where_there_are_devices():
     script = """
-import warnings; warnings.simplefilter("ignore")
+import warnings; warnings.simplefilter("ignore")  # what is printed is what is compared
 import jax, numpy as np, numpyro, numpyro.distributions as dist, xarray as xr, xr_aimz
 from xr_aimz.infer.mcmc import kernel_for, sampler_for
 def model(y=None):

@@ -47,7 +47,7 @@ def load() -> xr.Dataset:
     return ds.assign(tas=(ds.tas - usual).assign_attrs(attrs)).assign_coords(decade=decade)
 
 
-def warming(decade, tas=None):  # type: ignore[no-untyped-def]
+def warming(decade, tas=None):  # type: ignore[no-untyped-def] # as a reader would write it
     """A trend in every cell: intercept, slope and noise, each partially pooled."""
     mean_level = numpyro.sample("mean_level", dist.Normal(0, 5))
     mean_slope = numpyro.sample("mean_slope", dist.Normal(0, 1))

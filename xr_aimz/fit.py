@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -133,8 +134,9 @@ def fit(
     arguments = arrange(bound.binding, arrays, bound.inputs.dims, block)
     drawn = infer(Problem(model, arguments, block, bound.sites))
     fitted = _labelled(bound, drawn, arrays)
-    _warn(fitted)
-    return fitted
+    found = diagnostics.concerns(fitted.posterior, fitted.sample_stats, fitted.losses)
+    _warn(tuple(found))
+    return replace(fitted, concerns=tuple(found))
 
 
 def _load(binding: Binding, inputs: Inputs) -> dict[str, jax.Array]:
@@ -237,8 +239,7 @@ def _group(arrays: Mapping[str, xr.DataArray]) -> xr.Dataset:
     return xr.Dataset({n: a for n, a in arrays.items() if n not in a.dims})
 
 
-def _warn(fitted: Fit) -> None:
-    found = diagnostics.concerns(fitted.posterior, fitted.sample_stats, fitted.losses)
-    if found:
+def _warn(concerns: tuple[str, ...]) -> None:
+    if concerns:
         # The level of the caller of Dataset.aimz.fit.
-        warnings.warn("; ".join(found), ConvergenceWarning, stacklevel=4)
+        warnings.warn("; ".join(concerns), ConvergenceWarning, stacklevel=4)

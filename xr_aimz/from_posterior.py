@@ -13,6 +13,7 @@ from xr_aimz.bound import Bound, bind
 from xr_aimz.errors import LabelError, ModelError
 from xr_aimz.fit import assemble
 from xr_aimz.infer.problem import Draws
+from xr_aimz.inputs import reordered
 from xr_aimz.labelling import extra_labels, label, result_name
 from xr_aimz.posterior import Fit
 
@@ -146,13 +147,6 @@ def _relabel(array: xr.DataArray, name: str, bound: Bound) -> xr.DataArray:
 def _in_order(array: xr.DataArray, bound: Bound) -> xr.DataArray:
     """Dimensions that are not observed in the order of labels that the model knows."""
     for d, index in extra_labels(bound.binding).items():
-        here = array.indexes.get(d)
-        if here is None or d in bound.binding.dims or here.equals(index):
-            continue
-        if len(here) != len(index) or len(index.difference(here)):
-            raise LabelError(
-                f"draws of {array.name!r} have labels {list(here[:5])!r} on {d!r}, where the "
-                f"model is bound to {list(index[:5])!r}"
-            )
-        array = array.sel({d: index})
+        if d not in bound.binding.dims:
+            array = reordered(array, d, index, f"draws of {array.name!r} have labels")
     return array

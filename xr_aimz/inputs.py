@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import pandas as pd
 import xarray as xr
@@ -24,7 +25,9 @@ from xr_aimz.errors import (
     UnitsError,
 )
 
-__all__ = ["Inputs", "gather"]
+__all__ = ["Inputs", "gather", "reordered"]
+
+Labelled = TypeVar("Labelled", xr.Dataset, xr.DataArray)
 
 
 @dataclass(frozen=True)
@@ -221,16 +224,27 @@ def _check_dtype(what: str, argument: Argument, source: Source, array: xr.DataAr
 def _in_order(binding: Binding, ds: xr.Dataset) -> xr.Dataset:
     """Dimensions that are not observed have the fit's own labels, in the fit's order."""
     for d, index in binding.labels.items():
-        here = ds.indexes.get(d)
-        if here is None or here.equals(index):
-            continue
-        if len(here) != len(index) or len(index.difference(here)):
-            raise LabelError(
-                f"dimension {d!r} has labels {list(here[:5])!r}; the fit had {list(index[:5])!r}, "
-                "and the model knows no others: select those, or fit with these"
-            )
-        ds = ds.sel({d: index})
+        ds = reordered(ds, d, index, f"dimension {d!r} has labels")
     return ds
+
+
+def reordered(labelled: Labelled, dim: str, index: pd.Index, what: str) -> Labelled:
+    """The same labels in the order of ``index``; without labels, as it is.
+
+    Raises
+    ------
+    LabelError
+        Other labels than those: ``what`` begins the sentence that says so.
+    """
+    here = labelled.indexes.get(dim)
+    if here is None or here.equals(index):
+        return labelled
+    if len(here) != len(index) or len(index.difference(here)):
+        raise LabelError(
+            f"{what} {list(here[:5])!r} on {dim!r}; the model knows {list(index[:5])!r} there and "
+            "no others: select those, or fit with these"
+        )
+    return labelled.sel({dim: index})
 
 
 def _chunks(

@@ -47,6 +47,9 @@ class Fit:
         The attrs of the variable of each outcome, by argument.
     observed_data, constant_data : Dataset
         The outcomes' and the inputs' arrays, as ArviZ names them.
+    concerns : tuple of str, optional
+        What :func:`fit` found to speak against the draws, and warned of. None for draws
+        made elsewhere, which may be lazy: nobody has looked.
     """
 
     model: Callable
@@ -60,6 +63,7 @@ class Fit:
     attrs: Mapping[str, Mapping[str, Any]]
     observed_data: xr.Dataset
     constant_data: xr.Dataset
+    concerns: tuple[str, ...] | None = None
     # Not an argument: a copy with other draws is another fit.
     token: str = field(init=False, default_factory=lambda: uuid.uuid4().hex)
 
@@ -131,8 +135,9 @@ class Fit:
         ]
         if self.losses is not None:
             facts.append(("last loss", f"{float(self.losses[-1]):.6g}"))
-        trouble = diagnostics.concerns(self.posterior, self.sample_stats, self.losses)
-        facts.append(("concerns", "; ".join(trouble) or "none that the diagnostics show"))
+        unseen = "not looked for; see .diagnostics()"
+        seen = "; ".join(self.concerns or ()) or "none that the diagnostics show"
+        facts.append(("concerns", unseen if self.concerns is None else seen))
         return facts
 
     @property

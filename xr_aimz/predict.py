@@ -208,12 +208,13 @@ def _lazy(wanted: _Evaluation) -> xr.Dataset:
         if array.chunks is None and array.dtype.kind in "iu":
             # A task would find it too; values in memory can be looked at now.
             to_device_dtype(key, array.values)
-    whole, _ = wanted.traced(inputs.sizes)
-    weight = sum(o.size * o.dtype.itemsize for o in whole.values())
+    structs, name = wanted.traced(inputs.sizes)
+    weight = sum(o.size * o.dtype.itemsize for o in structs.values())
     cut = plan(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
     _check_cut(wanted, cut)
     padded = {d: cut.largest(d) for d in binding.dims}
-    structs, name = wanted.traced({**inputs.sizes, **padded})
+    if any(padded[d] != inputs.sizes[d] for d in padded):
+        structs, name = wanted.traced({**inputs.sizes, **padded})
     outputs = {
         site: (dims_in_dataset(fit.sites[site], binding)[: len(struct.shape)], struct)
         for site, struct in structs.items()
