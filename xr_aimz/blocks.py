@@ -26,6 +26,7 @@ from xr_aimz.binding import block_of
 from xr_aimz.device import run, to_device_dtype
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Call, Program
+from xr_aimz.keys import site_keys
 from xr_aimz.labels import label_words
 from xr_aimz.plan import Plan
 
@@ -228,9 +229,8 @@ def _run_block(task: Task, *blocks: np.ndarray) -> dict[str, np.ndarray]:
         task.name,
         lambda: task.factory(task.program, sizes),
         block_of(binding, sizes),
-        _over_draws(parts, shape),
+        _over_draws(task, parts, shape),
         {
-            "seed": task.seed,
             "arrays": parts["array"],
             "words": {d: parts["words"][d] for d in binding.dims},
             "params": task.params,
@@ -242,12 +242,14 @@ def _run_block(task: Task, *blocks: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _over_draws(parts: Mapping[str, Mapping[str, np.ndarray]], shape: tuple[int, int]) -> dict:
-    chain, draw = parts["words"]["chain"], parts["words"]["draw"]
+def _over_draws(
+    task: Task, parts: Mapping[str, Mapping[str, np.ndarray]], shape: tuple[int, int]
+) -> dict:
+    chains = np.repeat(parts["words"]["chain"], shape[1], axis=0)
+    draws = np.tile(parts["words"]["draw"], (shape[0], 1))
     count = shape[0] * shape[1]
     return {
-        "chain": np.repeat(chain, shape[1], axis=0),
-        "draw": np.tile(draw, (shape[0], 1)),
+        "keys": site_keys(task.seed, chains, draws, task.program.keyed),
         "latents": {n: v.reshape(count, *v.shape[2:]) for n, v in parts["latent"].items()},
     }
 

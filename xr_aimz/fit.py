@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from xr_aimz import diagnostics, keys
+from xr_aimz import diagnostics
 from xr_aimz.axes import dims_in_dataset
 from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.bound import Bound, bind
@@ -181,11 +181,11 @@ def _deterministics(
     binding, inputs = bound.binding.without_data(), bound.inputs
     program = Program(bound.model, binding, bound.sites, inputs.dims, wanted)
     chains, draws = drawn.shape
-    words = np.zeros((chains * draws, 2), np.uint32)
     latents = {n: v.reshape(chains * draws, *v.shape[2:]) for n, v in drawn.samples.items()}
-    each = {"chain": words, "draw": words, "latents": latents}
+    # Every site is known, so no key is used.
+    blank = np.zeros((chains * draws, 2), np.uint32)
+    each = {"keys": dict.fromkeys(program.keyed, blank), "latents": latents}
     shared = {
-        "seed": np.asarray(keys.seed_key(0)),
         # With the outcomes: a deterministic may be of what was observed.
         "arrays": {key: np.asarray(a) for key, a in arrays.items()},
         "words": {

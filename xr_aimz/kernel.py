@@ -26,9 +26,11 @@ from xr_aimz.model import Block, Site
 
 __all__ = ["Program", "log_likelihood", "predictive"]
 
-# A call has `draw`: {"chain", "draw": uint32 (2,), "latents": {site: array}}
-# and `shared`: {"seed": int, "arrays": {source: array}, "words": {dim: uint32 (n, 2)},
+# A call has `draw`: {"keys": {site: uint32 (2,)}, "latents": {site: array}}
+# and `shared`: {"arrays": {source: array}, "words": {dim: uint32 (n, 2)},
 # "params": {site: pytree}}.
+# NumPyro's own key feeds only what has no address: numpyro.prng_key() in a network.
+_LOOSE = "numpyro.prng_key"
 Dims = tuple[str | None, ...]
 Addresses = Mapping[str | None, jax.Array]
 Call = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, jax.Array]]
@@ -54,6 +56,11 @@ class Program:
     sites: Mapping[str, Site]
     dims: Mapping[str, tuple[str, ...]]
     returns: tuple[str, ...]
+
+    @property
+    def keyed(self) -> tuple[str, ...]:
+        """The sites that need a key for each draw."""
+        return (*(n for n, s in self.sites.items() if s.kind in ("latent", "observed")), _LOOSE)
 
 
 def predictive(program: Program, sizes: Mapping[str, int]) -> Call:
@@ -92,23 +99,22 @@ def _call(
 def _run(
     program: Program, block: Block, draw: Mapping[str, Any], shared: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    key = keys.fold(keys.fold(shared["seed"], draw["chain"]), draw["draw"])
     passed = arrange(program.binding, shared["arrays"], program.dims, block)
     known = dict(shared["params"])
     for name, value in draw["latents"].items():
         shape = shape_in_model(program.sites[name], program.binding, block.sizes)
         known[name] = jnp.reshape(value, shape)
-    # NumPyro's own key feeds only what has no address: numpyro.prng_key() in a network.
-    loose = jax.random.wrap_key_data(keys.site_key(key, "numpyro.prng_key"), impl="threefry2x32")
+    loose = jax.random.wrap_key_data(draw["keys"][_LOOSE], impl="threefry2x32")
     model = handlers.substitute(handlers.seed(program.model, loose), data=known)
-    drawn = handlers.substitute(model, substitute_fn=_drawer(program, block, shared["words"], key))
+    drawer = _drawer(program, shared["words"], draw["keys"])
+    drawn = handlers.substitute(model, substitute_fn=drawer)
     trace = handlers.trace(drawn).get_trace(**passed)
     _check_trace(program, trace, known)
     return trace
 
 
 def _drawer(
-    program: Program, block: Block, words: Mapping[str, jax.Array], key: jax.Array
+    program: Program, words: Mapping[str, jax.Array], site_keys: Mapping[str, jax.Array]
 ) -> Callable[[Mapping[str, Any]], jax.Array | None]:
     """A substitution that draws whatever the posterior does not hold, by label."""
     table: dict[str | None, jax.Array] = {}
@@ -122,7 +128,7 @@ def _drawer(
             return None
         site = _known(program, message["name"])
         dims = site.dims[: site.batch_ndim]
-        site_key = keys.site_key(key, site.name)
+        site_key = site_keys[site.name]
         step = message["infer"].get("_scan_current_index")
         if step is not None:
             # Inside a scan the leading axis is the step; its dimension is never split.

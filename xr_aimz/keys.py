@@ -27,8 +27,9 @@ from jax import Array, lax
 from xr_aimz.cellwise import COUNTED, ForeignShapeError, draw_by_cell, draw_by_counter, fold
 from xr_aimz.errors import RandomnessError
 from xr_aimz.labels import label_words, name_words
+from xr_aimz.threefry import threefry
 
-__all__ = ["combine", "fold", "positions", "sample", "seed_key", "site_key"]
+__all__ = ["combine", "fold", "positions", "sample", "seed_key", "site_key", "site_keys"]
 
 Shape = tuple[int, ...]
 Words = np.ndarray | Array
@@ -70,6 +71,40 @@ def site_key(draw_key: Words, name: str) -> Array:
         uint32 of shape ``(2,)``.
     """
     return fold(draw_key, name_words(name))
+
+
+def site_keys(
+    seed: Words, chains: np.ndarray, draws: np.ndarray, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """
+    Derive the keys of sites for many draws at once, on the host.
+
+    Parameters
+    ----------
+    seed
+        uint32 of shape ``(2,)``.
+    chains, draws
+        uint32 words of shape ``(n, 2)``: of each draw, its chain's and its own.
+    names
+        The sites.
+
+    Returns
+    -------
+    dict of numpy.ndarray
+        For each site uint32 of shape ``(n, 2)``, as ``site_key`` of the draw's key gives it.
+    """
+    # In the compiled kernel each of these folds would cost more to compile than all of them
+    # cost here to compute.
+    key = np.broadcast_to(np.asarray(seed, np.uint32), chains.shape)
+    for words in (chains, draws):
+        key = _folded(key, words)
+    return {name: _folded(key, name_words(name)) for name in names}
+
+
+def _folded(key: np.ndarray, words: np.ndarray) -> np.ndarray:
+    words = np.broadcast_to(words, key.shape)
+    halves = threefry((key[..., 0], key[..., 1]), (words[..., 0], words[..., 1]))
+    return np.stack([np.asarray(half) for half in halves], -1)
 
 
 def positions(axis: int, n: int) -> np.ndarray:

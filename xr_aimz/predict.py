@@ -168,12 +168,11 @@ class _Evaluation:
         word = jax.ShapeDtypeStruct((2,), np.uint32)
         latents = {name: struct(a) for name, a in self.latents.items()}
         shared = {
-            "seed": word,
             "arrays": {key: struct(a) for key, a in self.inputs.arrays.items()},
             "words": {d: jax.ShapeDtypeStruct((sizes[d], 2), np.uint32) for d in binding.dims},
             "params": self.fit.params,
         }
-        return {"chain": word, "draw": word, "latents": latents}, shared
+        return {"keys": dict.fromkeys(self.program.keyed, word), "latents": latents}, shared
 
     def traced(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], str]:
         """Outputs for one draw of a block of those sizes, and the name of the program."""
@@ -189,13 +188,12 @@ class _Evaluation:
         def value(**named: Any) -> Any:
             latents = {n: named[n] for n in draw["latents"]}
             arrays = {k: named[f"array {k}"] for k in shared["arrays"]}
-            return call({**draw_words, "latents": latents}, {**rest, "arrays": arrays})[site]
+            return call({"keys": blank, "latents": latents}, {**rest, "arrays": arrays})[site]
 
         named = {**draw["latents"], **{f"array {k}": a for k, a in shared["arrays"].items()}}
-        zero = np.zeros(2, np.uint32)
-        draw_words = {"chain": zero, "draw": zero}
+        blank = dict.fromkeys(draw["keys"], np.zeros(2, np.uint32))
         words = {d: np.zeros(w.shape, np.uint32) for d, w in shared["words"].items()}
-        rest = {"seed": zero, "words": words, "params": shared["params"]}
+        rest = {"words": words, "params": shared["params"]}
         with tracing(block_of(self.fit.binding, sizes)):
             found = eval_provenance(value, **named)
         return {str(n).removeprefix("array ") for n in found}

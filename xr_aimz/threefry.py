@@ -11,7 +11,7 @@ Salmon, Moraes, Dror and Shaw (2011), Parallel random numbers: as easy as 1, 2, 
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 __all__ = ["threefry"]
@@ -20,8 +20,11 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
 
-def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Encrypt counters: 20 rounds, as JAX.
+Words = np.ndarray | Array
+
+
+def threefry(key: tuple[Words, Words], counter: tuple[Words, Words]) -> tuple[Words, Words]:
+    """Encrypt counters: 20 rounds, as JAX; by NumPy where all words are NumPy's.
 
     Parameters
     ----------
@@ -32,7 +35,7 @@ def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Ar
     -------
     pair of uint32 arrays
     """
-    schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(_PARITY))
     high, low = counter[0] + schedule[0], counter[1] + schedule[1]
     for group in range(5):
         for turn in _ROTATIONS[group % 2]:
@@ -40,5 +43,5 @@ def threefry(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Ar
             low = (low << turn) | (low >> (32 - turn))
             low = low ^ high
         high = high + schedule[(group + 1) % 3]
-        low = low + schedule[(group + 2) % 3] + jnp.uint32(group + 1)
+        low = low + schedule[(group + 2) % 3] + np.uint32(group + 1)
     return high, low
