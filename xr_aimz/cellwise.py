@@ -317,12 +317,12 @@ def _mixed(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-def _bits(block: Sequence[Array], bit_width: int) -> Array:
+def _bits(block: tuple[Words, Words], bit_width: int) -> Array:
     """The bits that JAX itself takes from a block of threefry."""
     high, low = block
     if bit_width == 64:
         return (high.astype(jnp.uint64) << jnp.uint64(32)) | low.astype(jnp.uint64)
-    return (high ^ low).astype({8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}[bit_width])
+    return jnp.asarray(high ^ low).astype({8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}[bit_width])
 
 
 def _event(fn: Any) -> tuple[Shape, Shape]:
