@@ -322,7 +322,9 @@ def _bits(block: tuple[Words, Words], bit_width: int) -> Array:
     high, low = block
     if bit_width == 64:
         return (high.astype(jnp.uint64) << jnp.uint64(32)) | low.astype(jnp.uint64)
-    return jnp.asarray(high ^ low).astype({8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}[bit_width])
+    return jnp.asarray(high ^ low).astype(
+        {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}[bit_width]
+    )
 
 
 def _event(fn: Any) -> tuple[Shape, Shape]:
