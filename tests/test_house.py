@@ -41,6 +41,9 @@ ROOMS = (
     "plan",
     "blocks",
     "predict",
+    "manifest",
+    "rounding",
+    "writing",
     "store",
     "describe",
     "accessor",
@@ -49,8 +52,8 @@ ROOMS = (
 )
 # Where alone a package may be imported.
 HOMES = {
-    "dask": {"blocks", "store"},
-    "zarr": {"store"},
+    "dask": {"blocks", "store", "writing"},
+    "zarr": {"manifest", "store", "writing"},
     "numcodecs": {"store"},
     "mlflow": {"mlflow"},
     "matplotlib": {"plot", "demo"},

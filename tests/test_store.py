@@ -1,17 +1,17 @@
 """Results on disk: what comes back is what went in, and a torn store says so."""
 
-import json
 import subprocess
 import sys
 
+import dask
 import dask.array as da
 import numpy as np
 import pytest
 import xarray as xr
 import zarr
 
-from xr_aimz.errors import StoreError
-from xr_aimz.store import INCOMPLETE, to_zarr
+from xr_aimz.errors import IncompleteStoreError, OptionError, SpaceError, StoreError
+from xr_aimz.store import open_zarr, to_zarr
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_others_read_the_store_and_find_it_whole(ds, tmp_path):
     xr.testing.assert_identical(reads(path).load(), ds)
     xr.testing.assert_identical(xr.open_dataset(path, engine="zarr", chunks=None).load(), ds)
     group = zarr.open_group(path, mode="r")
-    assert INCOMPLETE not in group.attrs
+    assert group.attrs.asdict() == ds.attrs
     assert group.metadata.zarr_format == 3
     assert group.metadata.consolidated_metadata is not None
 
@@ -103,10 +103,12 @@ def test_zeros_and_missing_values_come_back(ds, tmp_path):
 
 def test_a_store_that_exists_is_not_overwritten(ds, tmp_path):
     path = tmp_path / "out.zarr"
-    to_zarr(ds, path)
+    ds.to_zarr(path, zarr_format=3)
     for store in (path, str(path)):
         with pytest.raises(StoreError, match="mode='w'") as caught:
             to_zarr(ds * 2, store)
+        with pytest.raises(StoreError, match="mode='w'"):
+            to_zarr(ds, store)
         assert repr(str(path)) in str(caught.value)
         assert isinstance(caught.value, FileExistsError)
     xr.testing.assert_identical(reads(path).load(), ds)
@@ -129,29 +131,74 @@ def test_another_mode_is_refused_with_those_there_are(ds, tmp_path, mode):
     assert not (tmp_path / "out.zarr").exists()
 
 
-def test_an_interrupted_write_says_so(ds, tmp_path):
-    def break_down(block, block_info=None):
-        if block_info[0]["chunk-location"][-1] == 2:
-            raise KeyboardInterrupt
-        return block
+class Watched:
+    """An array that notes what is read of it, and breaks down after so many reads."""
 
-    lazy = ds.chunk(lat=1)
-    torn = lazy.assign(
-        tas=lazy.tas.copy(data=lazy.tas.data.map_blocks(break_down, dtype=lazy.tas.dtype))
+    def __init__(self, values, most):
+        self.values, self.most, self.read = values, most, []
+        self.shape, self.dtype, self.ndim = values.shape, values.dtype, values.ndim
+
+    def __getitem__(self, region):
+        if len(self.read) == self.most:
+            raise RuntimeError("cut")
+        self.read.append(region[-1].start)
+        return self.values[region]
+
+
+def watched(ds, most=None):
+    """The Dataset in blocks of a latitude, and what has been read of its ``tas``."""
+    lazy, source = ds.chunk(lat=1), Watched(ds.tas.values, most)
+    # One name whatever happens: that of what is computed.
+    data = da.from_array(
+        source, lazy.tas.data.chunks, name="tas-of-the-test", meta=np.empty((0,) * 4, "f4")
     )
-    path = tmp_path / "out.zarr"
-    with pytest.raises(KeyboardInterrupt):
-        to_zarr(torn, path)
-    group = zarr.open_group(path, mode="r")
-    assert INCOMPLETE in group.attrs
-    # Nothing that reads consolidated metadata takes it for whole.
-    assert group.metadata.consolidated_metadata is None
-    assert "consolidated_metadata" not in json.loads((path / "zarr.json").read_text())
-    with pytest.raises(ValueError, match=r"[Cc]onsolidated"):
-        reads(path)
+    return lazy.assign(tas=lazy.tas.copy(data=data)), source
 
-    whole = to_zarr(ds.chunk(lat=1), path, mode="w")
-    xr.testing.assert_identical(whole.load(), ds)
+
+def interrupted(ds, path):
+    """A write that breaks down with one latitude to go: which were written."""
+    lazy, source = watched(ds, most=2)
+    with pytest.raises(RuntimeError, match="cut"), dask.config.set(scheduler="sync"):
+        to_zarr(lazy, path)
+    return source.read
+
+
+def test_an_interrupted_write_cannot_be_opened(ds, tmp_path):
+    path = tmp_path / "out.zarr"
+    interrupted(ds, path)
+    for read in (reads, xr.open_zarr, zarr.open_group):
+        with pytest.raises((FileNotFoundError, zarr.errors.GroupNotFoundError)):
+            read(path, mode="r") if read is zarr.open_group else read(path)
+    with pytest.raises(IncompleteStoreError, match="blocks that are missing") as caught:
+        open_zarr(path)
+    assert "'tas' 1 of 3" in str(caught.value)
+    assert isinstance(caught.value, FileNotFoundError)
+
+
+def test_a_write_goes_on_where_it_was_cut_short(ds, tmp_path):
+    path = tmp_path / "out.zarr"
+    there = interrupted(ds, path)
+    lazy, source = watched(ds)
+    back = to_zarr(lazy, path)
+    assert sorted(there + source.read) == [0, 1, 2]
+    xr.testing.assert_identical(back.load(), ds)
+    xr.testing.assert_identical(open_zarr(path).load(), ds)
+    assert not (path / "xr_aimz" / "done").exists()
+    # Whole: it is opened, and nothing is computed.
+    xr.testing.assert_identical(to_zarr(watched(ds, most=0)[0], path).load(), ds)
+
+
+def test_other_results_do_not_go_on_in_a_store(ds, tmp_path):
+    path = tmp_path / "out.zarr"
+    interrupted(ds, path)
+    for other in (ds.chunk(lat=1) * 2, ds.chunk(lat=2)):
+        with pytest.raises(StoreError, match="other results"):
+            to_zarr(other, path)
+    with pytest.raises(StoreError, match="other results"):
+        to_zarr(ds.chunk(lat=1), path, precision=9)
+    with pytest.raises(StoreError, match="exists"):
+        to_zarr(ds.chunk(lat=1), path, resume=False)
+    xr.testing.assert_identical(to_zarr(ds * 2, path, mode="w").load(), ds * 2)
 
 
 @pytest.mark.parametrize("values", [["a", "bb", "ccc"], ["ä", "ß-long-name", ""]])
@@ -215,3 +262,84 @@ def test_writing_does_not_import_distributed(tmp_path):
     )
     assert done.stdout.strip() == "False"
     assert reads(path).sizes == {"x": 4}
+
+
+def test_shards_hold_whole_blocks(ds, tmp_path):
+    path = tmp_path / "out.zarr"
+    back = to_zarr(ds[["tas"]].chunk(time=1, lat=1), path, shards={"time": 3, "lat": 2})
+    xr.testing.assert_identical(back.load(), ds[["tas"]])
+    array = zarr.open_array(path, path="tas")
+    assert (array.shards, array.chunks) == ((2, 6, 3, 2), (2, 6, 1, 1))
+    assert len([p for p in (path / "tas" / "c").rglob("*") if p.is_file()]) == 2 * 2
+
+
+def test_shards_that_cut_a_block_are_made_whole(ds, tmp_path):
+    back = to_zarr(ds[["tas"]].chunk(time=2), tmp_path / "out.zarr", shards={"time": 3})
+    assert back.tas.encoding["shards"][2] == 4
+    xr.testing.assert_identical(back.load(), ds[["tas"]])
+
+
+@pytest.mark.parametrize("bits", [1, 10, 22])
+def test_precision_rounds_floats_and_nothing_else(ds, tmp_path, bits):
+    gappy = ds.assign(tas=ds.tas.where(ds.lat != 20))
+    back = to_zarr(gappy.chunk(lat=1), tmp_path / "out.zarr", precision=bits).load()
+    error = abs(back.tas - gappy.tas) / abs(gappy.tas)
+    assert float(error.max()) <= 2.0 ** -(bits + 1)
+    assert float(error.max()) > 2.0 ** -(bits + 2)
+    assert (back.tas.isnull() == gappy.tas.isnull()).all()
+    xr.testing.assert_identical(back.drop_vars("tas"), gappy.drop_vars("tas"))
+
+
+def test_fewer_bits_are_fewer_bytes(tmp_path):
+    noise = np.random.default_rng(0).normal(size=(1000, 1000)).astype("f4")
+    lazy = xr.Dataset({"a": (("x", "y"), noise)}).chunk(x=250)
+    for bits, name in ((None, "all"), (10, "ten")):
+        to_zarr(lazy, tmp_path / name, precision=bits)
+    sizes = [
+        sum(p.stat().st_size for p in (tmp_path / name).rglob("*") if p.is_file())
+        for name in ("all", "ten")
+    ]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": 0}, {"precision": 2.5}, {"shards": {"lat": 0}}, {"shards": {"h": 2}}]
+)
+def test_options_without_sense_are_refused(ds, tmp_path, options):
+    with pytest.raises(OptionError):
+        to_zarr(ds.chunk(lat=1), tmp_path / "out.zarr", **options)
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_results_larger_than_the_disk_are_refused_before_any_work(tmp_path):
+    petabytes = xr.Dataset({"a": (("x", "y"), da.zeros((10**8, 10**7), chunks=10**6))})
+    with pytest.raises(SpaceError, match=r"8e\+06 GB.* GB free") as caught:
+        to_zarr(petabytes, tmp_path / "out.zarr")
+    assert isinstance(caught.value, OSError)
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_dates_and_flags_that_are_lazy_are_encoded(ds, tmp_path):
+    days = ds.time.variable.values
+    lazy = ds[["wet"]].assign(day=("time", days), gap=("time", days - days[0])).chunk(time=2)
+    back = to_zarr(lazy, tmp_path / "out.zarr").load()
+    xr.testing.assert_identical(back, lazy.load())
+    assert back.wet.dtype == bool
+
+
+def test_coordinates_stay_with_their_variables(ds, tmp_path):
+    path = tmp_path / "out.zarr"
+    to_zarr(ds.chunk(lat=1), path)
+    attrs = zarr.open_array(path, path="tas").attrs.asdict()
+    assert set(attrs["coordinates"].split()) == {"area", "height"}
+    assert "coordinates" not in zarr.open_group(path).attrs.asdict()
+
+
+@pytest.mark.parametrize("kind", ["memory store", "memory url"])
+def test_any_store_of_zarr_will_do(ds, kind):
+    store = zarr.storage.MemoryStore() if kind == "memory store" else "memory://xr_aimz/out.zarr"
+    back = to_zarr(ds.chunk(lat=1), store)
+    xr.testing.assert_identical(back.load(), ds)
+    with pytest.raises(StoreError, match="other results"):
+        to_zarr(ds.chunk(lat=1) + 1, store)
+    xr.testing.assert_identical(to_zarr(ds.chunk(lat=1), store).load(), ds)

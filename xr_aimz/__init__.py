@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from xr_aimz.model import plate
     from xr_aimz.posterior import Fit
     from xr_aimz.predict import log_likelihood, predict
-    from xr_aimz.store import to_zarr
+    from xr_aimz.store import open_zarr, to_zarr
 
 __version__ = _version("xr_aimz")
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "from_posterior",
     "get_options",
     "log_likelihood",
+    "open_zarr",
     "plate",
     "predict",
     "set_options",
@@ -46,6 +47,7 @@ _ROOMS = {
     "fit": "fit",
     "from_posterior": "from_posterior",
     "log_likelihood": "predict",
+    "open_zarr": "store",
     "plate": "model",
     "predict": "predict",
     "to_zarr": "store",

@@ -12,13 +12,16 @@ __all__ = [
     "ConvergenceWarning",
     "DimensionError",
     "DtypeError",
+    "IncompleteStoreError",
     "LabelError",
     "MissingVariableError",
     "ModelError",
     "OptionError",
     "RandomnessError",
+    "SpaceError",
     "StoreError",
     "UnitsError",
+    "WriteError",
 ]
 
 
@@ -72,6 +75,18 @@ class RandomnessError(AimzError, NotImplementedError):
 
 class StoreError(AimzError, FileExistsError):
     """The store cannot be written as asked: choose another path or mode."""
+
+
+class IncompleteStoreError(AimzError, FileNotFoundError):
+    """A store was not written to its end: write the same results to it again."""
+
+
+class SpaceError(AimzError, OSError):
+    """The disk has less space than the results need: write less, or elsewhere."""
+
+
+class WriteError(AimzError, OSError):
+    """Writing failed on the way: mend the cause and call again; what is written stays."""
 
 
 class ConvergenceWarning(UserWarning):

@@ -6,11 +6,14 @@ and everything that a person wants to see of an inference.
 
 from __future__ import annotations
 
-import uuid
+import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import jax
+import numpy as np
 import xarray as xr
 
 from xr_aimz import diagnostics
@@ -64,8 +67,19 @@ class Fit:
     observed_data: xr.Dataset
     constant_data: xr.Dataset
     concerns: tuple[str, ...] | None = None
-    # Not an argument: a copy with other draws is another fit.
-    token: str = field(init=False, default_factory=lambda: uuid.uuid4().hex)
+
+    @cached_property
+    def token(self) -> str:
+        """A name for the draws and params by their content; lazy draws by their graph's."""
+        digest = hashlib.sha256()
+        for name, variable in sorted(self.posterior.variables.items(), key=lambda v: str(v[0])):
+            digest.update(repr((name, variable.dims, variable.dtype, variable.shape)).encode())
+            digest.update(_content(variable))
+        leaves, structure = jax.tree.flatten(dict(self.params))
+        digest.update(str(structure).encode())
+        for leaf in leaves:
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
 
     def diagnostics(self) -> xr.Dataset:
         """R-hat, bulk and tail effective sample size of each variable, and divergences.
@@ -144,6 +158,13 @@ class Fit:
     def observed(self) -> tuple[str, ...]:
         """The names of the observed sites."""
         return tuple(name for name, site in self.sites.items() if site.kind == "observed")
+
+
+def _content(variable: xr.Variable) -> bytes:
+    if variable.chunks is not None:
+        return str(variable.data.name).encode()
+    values = variable.values
+    return repr(values.tolist()).encode() if values.dtype.kind == "O" else values.tobytes()
 
 
 def _escape(text: str) -> str:

@@ -1,0 +1,143 @@
+"""Which blocks of a store are there, and whose they are.
+
+A chunk that was never written reads as fill value, so completeness has a record of its
+own. It lies beside the arrays under keys that no reader of Zarr looks at: a fingerprint
+of what is being written, and a mark for each block whose bytes are in the store. The
+root's metadata is put last, by one write: until then there is nothing to open.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from zarr.abc.store import Store
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
+
+from xr_aimz.errors import StoreError
+
+__all__ = [
+    "Manifest",
+    "as_store",
+    "begin",
+    "clear",
+    "finish",
+    "is_whole",
+    "mark",
+    "marked",
+    "occupied",
+    "read",
+]
+
+ROOT = "zarr.json"
+FOLDER = "xr_aimz"
+_MANIFEST, _DONE = f"{FOLDER}/manifest.json", f"{FOLDER}/done"
+_MARK = re.compile(rf"{_DONE}/(?P<name>.*)/c(?P<at>(\.\d+)*)")
+# Where the roots of both formats of Zarr keep what makes them readable.
+_ROOTS = (ROOT, ".zmetadata", ".zgroup", ".zattrs", ".zarray")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is being written: a fingerprint, and how many blocks each variable has."""
+
+    fingerprint: str
+    blocks: Mapping[str, int]
+    version: int = 1
+
+
+def as_store(store: Any) -> Store:
+    """A Zarr store from a path, a URL that fsspec knows, or a store as it is."""
+    if isinstance(store, Store):
+        return store
+    if isinstance(store, str) and "://" in store:
+        return FsspecStore.from_url(store)
+    if isinstance(store, (str, Path)):
+        return LocalStore(Path(store).expanduser())
+    raise StoreError(
+        f"store={store!r}: give a path, a URL, or a store of zarr.storage, obstore or icechunk"
+    )
+
+
+def read(store: Store) -> Manifest | None:
+    """The manifest, if this package has begun to write here."""
+    found = _get(store, _MANIFEST)
+    return None if found is None else Manifest(**json.loads(found))
+
+
+def is_whole(store: Store) -> bool:
+    """Whether the root's metadata is there, which is put last."""
+    return sync(store.exists(ROOT))
+
+
+def occupied(store: Store) -> bool:
+    """Whether anything at all is in the store."""
+    return not sync(store.is_empty(""))
+
+
+def begin(store: Store, manifest: Manifest, template: MemoryStore) -> None:
+    """Put the manifest, then everything of a template but the root's metadata."""
+    if isinstance(store, LocalStore):
+        # A local write goes to a file of its own that is then renamed: what a killed process
+        # leaves of those is nobody's.
+        for stray in Path(store.root).rglob("*.partial"):
+            stray.unlink()
+    _put(store, {_MANIFEST: json.dumps(asdict(manifest)).encode()})
+    _put(store, {k: v for k, v in _contents(template).items() if k != ROOT})
+
+
+def finish(store: Store, template: MemoryStore) -> None:
+    """Put the root's metadata: from here on the store can be opened, and is whole."""
+    _put(store, {ROOT: _contents(template)[ROOT]})
+    sync(store.delete_dir(_DONE))
+
+
+def mark(store: Store, variable: str, index: Iterable[int]) -> None:
+    """Record that a block's bytes are in the store."""
+    _put(store, {_key(variable, index): b"1"})
+
+
+def marked(store: Store) -> set[tuple[str, tuple[int, ...]]]:
+    """The blocks, by variable and index, that have been recorded."""
+    keys = sync(_listed(store.list_prefix(_DONE + "/")))
+    found = (_MARK.fullmatch(key) for key in keys)
+    return {(m["name"], tuple(map(int, m["at"].split(".")[1:]))) for m in found if m}
+
+
+def clear(store: Store) -> None:
+    """Empty a store, first of what makes it readable."""
+    for root in _ROOTS:
+        if sync(store.exists(root)):
+            sync(store.delete(root))
+    if occupied(store):
+        sync(store.clear())
+
+
+def _key(variable: str, index: Iterable[int]) -> str:
+    return f"{_DONE}/{variable}/" + ".".join(["c", *map(str, index)])
+
+
+def _get(store: Store, key: str) -> bytes | None:
+    found: Buffer | None = sync(store.get(key, default_buffer_prototype()))
+    return None if found is None else found.to_bytes()
+
+
+def _put(store: Store, values: Mapping[str, bytes]) -> None:
+    make = default_buffer_prototype().buffer.from_bytes
+    for key, value in values.items():
+        sync(store.set(key, make(value)))
+
+
+def _contents(store: MemoryStore) -> dict[str, bytes]:
+    keys = sync(_listed(store.list()))
+    return {key: _get(store, key) or b"" for key in keys}
+
+
+async def _listed(keys: AsyncIterator[str]) -> list[str]:
+    return [key async for key in keys]
