@@ -43,7 +43,10 @@ ROOMS = (
     "predict",
     "manifest",
     "rounding",
+    "scheduling",
+    "template",
     "writing",
+    "transaction",
     "store",
     "describe",
     "accessor",
@@ -52,8 +55,8 @@ ROOMS = (
 )
 # Where alone a package may be imported.
 HOMES = {
-    "dask": {"blocks", "store", "writing"},
-    "zarr": {"manifest", "store", "writing"},
+    "dask": {"blocks", "scheduling", "store", "writing"},
+    "zarr": {"manifest", "store", "template", "transaction", "writing"},
     "numcodecs": {"store"},
     "mlflow": {"mlflow"},
     "matplotlib": {"plot", "demo"},

@@ -153,7 +153,7 @@ def test_a_disk_that_fills_on_the_way_loses_nothing(small_disk):
         return block
 
     filled = mapped(ds, fill)
-    with pytest.raises(WriteError, match=r"\d+ of 20 blocks.*No space left"):
+    with pytest.raises(WriteError, match=r"No space left.*goes on from them"):
         filled.aimz.to_zarr(path)
     never_opens(path)
     other.unlink()
@@ -171,7 +171,7 @@ def test_a_store_made_read_only_on_the_way_loses_nothing(small_disk):
         return block
 
     closing = mapped(ds, close)
-    with pytest.raises(WriteError, match=r"of 10 blocks.*Read-only"):
+    with pytest.raises(WriteError, match=r"Read-only.*goes on from them"):
         closing.aimz.to_zarr(path)
     never_opens(path)
     remount(small_disk, "rw")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,31 @@ from typing import Any
 from zarr.abc.store import Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.storage import FsspecStore, LocalStore, MemoryStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore
 
-from xr_aimz.errors import StoreError
+from xr_aimz.errors import StoreError, WriteError
 
 __all__ = [
     "Manifest",
     "as_store",
     "begin",
     "clear",
+    "contents",
     "finish",
     "is_whole",
     "mark",
     "marked",
     "occupied",
+    "put",
     "read",
 ]
 
 ROOT = "zarr.json"
 FOLDER = "xr_aimz"
 _MANIFEST, _DONE = f"{FOLDER}/manifest.json", f"{FOLDER}/done"
+# Which obstore serves: it retries requests that fail, and reads credentials where the
+# clouds' own tools do.
+_CLOUDS = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 _MARK = re.compile(rf"{_DONE}/(?P<name>.*)/c(?P<at>(\.\d+)*)")
 # Where the roots of both formats of Zarr keep what makes them readable.
 _ROOTS = (ROOT, ".zmetadata", ".zgroup", ".zattrs", ".zarray")
@@ -57,12 +63,22 @@ def as_store(store: Any) -> Store:
     if isinstance(store, Store):
         return store
     if isinstance(store, str) and "://" in store:
-        return FsspecStore.from_url(store)
+        return _remote(store)
     if isinstance(store, (str, Path)):
         return LocalStore(Path(store).expanduser())
     raise StoreError(
         f"store={store!r}: give a path, a URL, or a store of zarr.storage, obstore or icechunk"
     )
+
+
+def _remote(url: str) -> Store:
+    if url.split("://", maxsplit=1)[0] not in _CLOUDS:
+        return FsspecStore.from_url(url)
+    try:
+        import obstore.store
+    except ImportError as error:
+        raise StoreError(f"store={url!r} needs obstore: pip install 'xr_aimz[cloud]'") from error
+    return ObjectStore(obstore.store.from_url(url))
 
 
 def read(store: Store) -> Manifest | None:
@@ -81,26 +97,50 @@ def occupied(store: Store) -> bool:
     return not sync(store.is_empty(""))
 
 
-def begin(store: Store, manifest: Manifest, template: MemoryStore) -> None:
-    """Put the manifest, then everything of a template but the root's metadata."""
+def contents(store: MemoryStore) -> dict[str, bytes]:
+    """Every key of a store in memory."""
+    return {key: _get(store, key) or b"" for key in sync(_listed(store.list()))}
+
+
+def put(store: Store, values: Mapping[str, bytes]) -> None:
+    """Put bytes under keys.
+
+    Raises
+    ------
+    WriteError
+        Whatever the store raised.
+    """
+    make = default_buffer_prototype().buffer.from_bytes
+    try:
+        for key, value in values.items():
+            sync(store.set(key, make(value)))
+    except Exception as error:
+        # A store's own errors are of any class.
+        raise WriteError(f"{type(error).__name__}: {error}") from error
+
+
+def begin(store: Store, manifest: Manifest, keys: Mapping[str, bytes]) -> None:
+    """Put the manifest, then every key of a template but the root's metadata."""
     if isinstance(store, LocalStore):
         # A local write goes to a file of its own that is then renamed: what a killed process
         # leaves of those is nobody's.
         for stray in Path(store.root).rglob("*.partial"):
             stray.unlink()
-    _put(store, {_MANIFEST: json.dumps(asdict(manifest)).encode()})
-    _put(store, {k: v for k, v in _contents(template).items() if k != ROOT})
+    put(store, {_MANIFEST: json.dumps(asdict(manifest)).encode()})
+    put(store, {k: v for k, v in keys.items() if k != ROOT})
 
 
-def finish(store: Store, template: MemoryStore) -> None:
+def finish(store: Store, keys: Mapping[str, bytes]) -> None:
     """Put the root's metadata: from here on the store can be opened, and is whole."""
-    _put(store, {ROOT: _contents(template)[ROOT]})
-    sync(store.delete_dir(_DONE))
+    put(store, {ROOT: keys[ROOT]})
+    with suppress(Exception):
+        # Marks that cannot be removed change nothing: the store is whole.
+        sync(store.delete_dir(_DONE))
 
 
 def mark(store: Store, variable: str, index: Iterable[int]) -> None:
     """Record that a block's bytes are in the store."""
-    _put(store, {_key(variable, index): b"1"})
+    put(store, {_key(variable, index): b"1"})
 
 
 def marked(store: Store) -> set[tuple[str, tuple[int, ...]]]:
@@ -126,17 +166,6 @@ def _key(variable: str, index: Iterable[int]) -> str:
 def _get(store: Store, key: str) -> bytes | None:
     found: Buffer | None = sync(store.get(key, default_buffer_prototype()))
     return None if found is None else found.to_bytes()
-
-
-def _put(store: Store, values: Mapping[str, bytes]) -> None:
-    make = default_buffer_prototype().buffer.from_bytes
-    for key, value in values.items():
-        sync(store.set(key, make(value)))
-
-
-def _contents(store: MemoryStore) -> dict[str, bytes]:
-    keys = sync(_listed(store.list()))
-    return {key: _get(store, key) or b"" for key in keys}
 
 
 async def _listed(keys: AsyncIterator[str]) -> list[str]:

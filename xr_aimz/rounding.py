@@ -17,6 +17,7 @@ import numpy as np
 
 __all__ = ["MANTISSA", "keep_bits"]
 
+_PIECE = 2**15
 MANTISSA: dict[Any, tuple[Any, int]] = {
     np.dtype(np.float32): (np.uint32, 23),
     np.dtype(np.float64): (np.uint64, 52),
@@ -31,11 +32,22 @@ def keep_bits(values: np.ndarray, bits: int) -> np.ndarray:
     if values.dtype not in MANTISSA:
         return values
     word, width = MANTISSA[values.dtype]
-    drop = width - bits
-    if drop <= 0:
+    if bits >= width:
         return values
-    whole = np.ascontiguousarray(values).view(word)
+    rounded = np.array(values, order="C")
+    flat = rounded.reshape(-1)
+    # Piece by piece: what is in between stays in the cache.
+    for start in range(0, flat.size, _PIECE):
+        _round(flat[start : start + _PIECE], word, width - bits)
+    return rounded
+
+
+def _round(values: np.ndarray, word: Any, drop: int) -> None:
+    whole, missing = values.view(word), np.isnan(values)
+    kept = values[missing]
     odd = (whole >> word(drop)) & word(1)
-    rounded = (whole + (odd + word((1 << (drop - 1)) - 1))) & ~word((1 << drop) - 1)
+    odd += word((1 << (drop - 1)) - 1)
+    whole += odd
+    whole &= word(~((1 << drop) - 1) & int(np.iinfo(word).max))
     # Adding to the bits of a NaN can carry into the sign: it stays what it was.
-    return np.where(np.isnan(values), values, rounded.view(values.dtype))
+    values[missing] = kept

@@ -8,25 +8,15 @@ what it computes by its content, and the manifest knows which blocks are there.
 from __future__ import annotations
 
 import shutil
-import sys
-import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import dask
-import numpy as np
 import xarray as xr
-import zarr
-from dask.base import compute, tokenize
-from dask.callbacks import Callback
-from dask.system import CPU_COUNT
-from tqdm.auto import tqdm
-from xarray.conventions import encode_cf_variable, encode_dataset_coordinates
+from dask.base import tokenize
 from zarr.abc.store import Store
-from zarr.codecs import BloscCodec
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore
 
 from xr_aimz import manifest
 from xr_aimz.errors import (
@@ -37,14 +27,12 @@ from xr_aimz.errors import (
     WriteError,
 )
 from xr_aimz.manifest import Manifest
-from xr_aimz.options import shows_progress
 from xr_aimz.rounding import MANTISSA
-from xr_aimz.writing import missing_blocks, writers
+from xr_aimz.template import encoded, layout, sharded, template, uniform
+from xr_aimz.transaction import commit, is_repository
+from xr_aimz.writing import write
 
 __all__ = ["open_zarr", "to_zarr"]
-
-_CODEC = BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle")
-_KEPT = ("units", "calendar")
 
 
 def to_zarr(
@@ -64,8 +52,9 @@ def to_zarr(
     ds : Dataset
         Lazy, as :func:`xr_aimz.predict` gives it, or any other.
     store : path, URL or Zarr store
-        A path; a URL that fsspec knows (``"s3://..."``); a store of ``zarr.storage``, of
-        obstore or of an Icechunk session.
+        A path; a URL (``"s3://..."``, with the extra ``cloud``); a store of ``zarr.storage``;
+        or an Icechunk repository, on whose branch ``main`` the results become visible as one
+        commit or not at all.
     mode : {"w-", "w"}
         ``"w-"`` refuses what exists, other than an own write to resume; ``"w"`` replaces it.
     resume : bool, default True
@@ -113,11 +102,17 @@ def to_zarr(
     [1.0, 2.0, 3.0]
     """
     _check_options(mode, precision, shards)
-    blocks = _uniform(ds)
-    whole = _sharded(blocks, shards)
-    into, lazy = manifest.as_store(store), _encoded(whole)
+    blocks = uniform(ds)
+    whole = sharded(blocks, shards)
+    lazy = encoded(whole)
+    laid = partial(template, whole, lazy, layout(blocks, lazy, shards))
+    fingerprint = _fingerprint(whole, precision)
+    if is_repository(store):
+        write_all = partial(write, lazy=lazy, done=(), precision=precision, progress=progress)
+        return commit(store, laid, write_all, fingerprint, replace=mode == "w", resume=resume)
+    into = manifest.as_store(store)
     count = {name: v.data.npartitions for name, v in lazy.items()}
-    mine = Manifest(_fingerprint(whole, precision), count)
+    mine = Manifest(fingerprint, count)
     if mode == "w":
         _check_space(into, lazy, 0)
         manifest.clear(into)
@@ -125,13 +120,16 @@ def to_zarr(
         return _opened(into)
     done = manifest.marked(into)
     _check_space(into, lazy, len(done))
-    template = _template(whole, lazy, _layout(blocks, lazy, shards))
+    keys = manifest.contents(laid())
     try:
-        manifest.begin(into, mine, template)
-        _write(into, lazy, done, precision, progress)
-    except OSError as error:
-        raise _failed(store, into, count, error) from error
-    manifest.finish(into, template)
+        manifest.begin(into, mine, keys)
+        write(into, lazy, done, partial(manifest.mark, into), precision, progress)
+        manifest.finish(into, keys)
+    except WriteError as error:
+        raise WriteError(
+            f"writing {str(store)!r} failed: {error}. The blocks that are there stay; once the "
+            "cause is gone, the same call goes on from them"
+        ) from error
     return _opened(into)
 
 
@@ -194,73 +192,6 @@ def _resumes(store: Any, into: Store, mine: Manifest, resume: bool) -> bool:
     return manifest.is_whole(into)
 
 
-def _failed(store: Any, into: Store, count: Mapping[str, int], error: OSError) -> WriteError:
-    there = len(manifest.marked(into))
-    return WriteError(
-        f"writing {str(store)!r} failed with {there} of {sum(count.values())} blocks there: "
-        f"{error}. They stay; once the cause is gone, the same call goes on from here"
-    )
-
-
-def _write(
-    into: Store,
-    lazy: Mapping[str, xr.Variable],
-    done: Any,
-    precision: int | None,
-    progress: bool | None,
-) -> None:
-    tasks = []
-    for name, variable in lazy.items():
-        array = variable.data
-        missing = missing_blocks(name, array, done)
-        if missing:
-            target = zarr.open_array(into, path=name, mode="r+", zarr_format=3)
-            tasks.append(writers(name, array, target, into, missing, precision))
-    # Looking for chunks that are all fill value costs a pass over every draw, and a chunk that
-    # is absent is no sign of anything.
-    with _bar(progress), _scheduler(), zarr.config.set({"array.write_empty_chunks": True}):
-        compute(*tasks)
-
-
-def _template(
-    ds: xr.Dataset, lazy: Mapping[str, xr.Variable], layout: Mapping[str, Mapping[str, Any]]
-) -> MemoryStore:
-    """All of a store but the blocks: metadata, and what is in memory."""
-    memory = MemoryStore()
-    ds.drop_vars(list(lazy)).to_zarr(memory, consolidated=False, zarr_format=3)
-    # Not written lazily by xarray: dask.delayed would import distributed, half a second.
-    for name, variable in lazy.items():
-        zarr.create_array(
-            memory,
-            name=name,
-            shape=variable.shape,
-            dtype=variable.dtype,
-            compressors=(_CODEC,),
-            dimension_names=[str(d) for d in variable.dims],
-            attributes={k: v for k, v in variable.attrs.items() if k != "_FillValue"},
-            **layout[name],
-        )
-    # Which coordinates belong to which variable xarray knows of the Dataset as a whole.
-    _, attrs = encode_dataset_coordinates(ds)
-    zarr.open_group(memory, mode="r+").attrs.put(dict(attrs))
-    with warnings.catch_warnings():
-        # Consolidated metadata is not in the v3 specification yet; xarray reads it all the
-        # same, https://github.com/zarr-developers/zarr-specs/pull/309.
-        warnings.filterwarnings("ignore", message="Consolidated metadata")
-        zarr.consolidate_metadata(memory)
-    return memory
-
-
-def _encoded(ds: xr.Dataset) -> dict[str, xr.Variable]:
-    """The lazy variables by the conventions that xarray writes: dates as counts, and so on."""
-    variables, _ = encode_dataset_coordinates(ds)
-    return {
-        str(name): encode_cf_variable(v, name=name)
-        for name, v in variables.items()
-        if v.chunks is not None
-    }
-
-
 def _opened(into: Store) -> xr.Dataset:
     return xr.open_zarr(into, consolidated=True)
 
@@ -288,72 +219,3 @@ def _check_space(into: Store, lazy: Mapping[str, xr.Variable], done: int) -> Non
             f"the results need up to {needed / 1e9:.3g} GB, and {str(folder)!r} has "
             f"{free / 1e9:.3g} GB free; write elsewhere, fewer draws, or summaries of them"
         )
-
-
-def _uniform(ds: xr.Dataset) -> xr.Dataset:
-    """As Zarr can hold it: chunks of one size, strings of any length."""
-    ragged = {d: max(c) for d, c in ds.chunks.items() if set(c[:-1]) - {max(c)}}
-    # A string of fixed length has no place in the v3 specification; one of any length has.
-    strings = {
-        name: v.astype(np.dtypes.StringDType())
-        for name, v in ds.variables.items()
-        if v.dtype.kind == "U"
-    }
-    coords = {name: v for name, v in strings.items() if name in ds.coords}
-    data = {name: v for name, v in strings.items() if name not in ds.coords}
-    uniform = ds.copy().chunk(ragged).assign_coords(coords).assign(data)
-    for variable in uniform.variables.values():
-        # How a source was stored (its codecs, its chunks) is no way to store this; how its
-        # times were counted is.
-        variable.encoding = {k: v for k, v in variable.encoding.items() if k in _KEPT}
-    return uniform
-
-
-def _sharded(ds: xr.Dataset, shards: Mapping[str, int] | None) -> xr.Dataset:
-    """A task for each shard: blocks put together."""
-    if not shards:
-        return ds
-    strangers = sorted(set(shards) - set(ds.chunks))
-    if strangers:
-        raise OptionError(f"shards={strangers!r}: the results are chunked along {[*ds.chunks]!r}")
-    return ds.chunk({d: -(-n // max(ds.chunks[d])) * max(ds.chunks[d]) for d, n in shards.items()})
-
-
-def _layout(
-    blocks: xr.Dataset, lazy: Mapping[str, xr.Variable], shards: Mapping[str, int] | None
-) -> dict[str, dict[str, Any]]:
-    """The lengths of chunks and shards: a chunk is a block, a shard is several."""
-    whole = {name: tuple(max(c) for c in v.chunks or ()) for name, v in lazy.items()}
-    if not shards:
-        return {name: {"chunks": lengths} for name, lengths in whole.items()}
-    inner = {name: tuple(max(c) for c in blocks.variables[name].chunks or ()) for name in lazy}
-    return {name: {"chunks": inner[name], "shards": whole[name]} for name in lazy}
-
-
-def _scheduler() -> Any:
-    """Threads, where nobody asked for anything else: one more than there are cores."""
-    # Without a scheduler dask imports distributed, half a second, to look for a client:
-    # there is none where nobody has imported it.
-    asked = [dask.config.get(name, None) for name in ("scheduler", "num_workers", "pool")]
-    if "distributed" in sys.modules or any(a is not None for a in asked):
-        return nullcontext()
-    # A task that waits for the disk leaves its core to one that draws.
-    return dask.config.set(scheduler=dask.threaded.get, num_workers=CPU_COUNT + 1)
-
-
-def _bar(progress: bool | None) -> Any:
-    return _Bar() if shows_progress(progress) else nullcontext()
-
-
-class _Bar(Callback):
-    """A progress bar over the tasks of dask's local schedulers."""
-
-    def _start_state(self, dsk: Mapping[Any, Any], state: Mapping[str, Any]) -> None:
-        count = sum(len(state[kind]) for kind in ("ready", "waiting"))
-        self._tqdm = tqdm(total=count, desc="to_zarr", unit="task")
-
-    def _posttask(self, key: Any, value: Any, dsk: Any, state: Any, worker: Any) -> None:
-        self._tqdm.update()
-
-    def _finish(self, dsk: Any, state: Any, failed: bool) -> None:
-        self._tqdm.close()

@@ -6,27 +6,71 @@ that what is finished is neither read nor computed again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, product
 from typing import Any
 
 import dask.array as da
 import numpy as np
+import xarray as xr
+import zarr
 from dask._task_spec import Task as GraphTask
 from dask._task_spec import TaskRef
-from dask.base import tokenize
+from dask.base import compute, tokenize
 from dask.highlevelgraph import HighLevelGraph
 from zarr import Array
 from zarr.abc.store import Store
 
-from xr_aimz.manifest import mark
+from xr_aimz.errors import WriteError
 from xr_aimz.rounding import keep_bits
+from xr_aimz.scheduling import bar, scheduler
 
-__all__ = ["missing_blocks", "writers"]
+__all__ = ["write"]
+
+Note = Callable[[str, tuple[int, ...]], None]
 
 
-def missing_blocks(
+def write(
+    into: Store,
+    lazy: Mapping[str, xr.Variable],
+    done: Collection[tuple[str, tuple[int, ...]]],
+    note: Note,
+    precision: int | None,
+    progress: bool | None,
+) -> None:
+    """Compute every block that is not done, into its store.
+
+    Parameters
+    ----------
+    into : Store
+        Where the arrays already are, without their blocks.
+    lazy : mapping of name to Variable
+    done : collection of (name, index)
+    note : callable of (name, index)
+        Called in the task when a block's bytes are in the store.
+    precision, progress
+        As in :func:`xr_aimz.to_zarr`.
+
+    Raises
+    ------
+    WriteError
+        The store failed; what the computation raises is raised as it is.
+    """
+    tasks = []
+    for name, variable in lazy.items():
+        array = variable.data
+        missing = _missing(name, array, done)
+        if missing:
+            target = zarr.open_array(into, path=name, mode="r+", zarr_format=3)
+            tasks.append(_writers(name, array, target, note, missing, precision))
+    # Looking for chunks that are all fill value costs a pass over every draw, and a chunk that
+    # is absent is no sign of anything.
+    with bar(progress), scheduler(), zarr.config.set({"array.write_empty_chunks": True}):
+        compute(*tasks)
+
+
+def _missing(
     name: str, array: da.Array, done: Collection[tuple[str, tuple[int, ...]]]
 ) -> list[tuple[int, ...]]:
     """The indices of the blocks without a mark."""
@@ -34,17 +78,17 @@ def missing_blocks(
     return [index for index in every if (name, index) not in done]
 
 
-def writers(
+def _writers(
     name: str,
     array: da.Array,
     target: Array,
-    store: Store,
+    note: Note,
     missing: Sequence[tuple[int, ...]],
     precision: int | None,
 ) -> da.Array:
     """An array of nothing, one block for each that is missing: to compute it is to write."""
     starts = [tuple(accumulate((0, *chunks[:-1]))) for chunks in array.chunks]
-    write = partial(_write, name=name, target=target, store=store, precision=precision)
+    write = partial(_write, name=name, target=target, note=note, precision=precision)
     layer = f"aimz-write-{name}-{tokenize(array.name, missing)}"
     graph: dict[Any, Any] = {}
     for place, index in enumerate(missing):
@@ -66,10 +110,17 @@ def _write(
     *,
     name: str,
     target: Array,
-    store: Store,
+    note: Note,
     precision: int | None,
 ) -> np.ndarray:
     values = np.asarray(block)
-    target[region] = values if precision is None else keep_bits(values, precision)
-    mark(store, name, index)
+    rounded = values if precision is None else keep_bits(values, precision)
+    try:
+        target[region] = rounded
+        note(name, index)
+    except WriteError:
+        raise
+    except Exception as error:
+        # A store's own errors are of any class; those of the computation are not its.
+        raise WriteError(f"{type(error).__name__}: {error}") from error
     return np.ones(1, bool)
