@@ -6,6 +6,7 @@ import sys
 import dask
 import dask.array as da
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 import zarr
@@ -201,6 +202,10 @@ def test_other_results_do_not_go_on_in_a_store(ds, tmp_path):
     xr.testing.assert_identical(to_zarr(ds * 2, path, mode="w").load(), ds * 2)
 
 
+@pytest.mark.skipif(
+    pd.__version__ < "3",
+    reason="an index of pandas 2 has strings of fixed length, of which Zarr warns",
+)
 @pytest.mark.parametrize("values", [["a", "bb", "ccc"], ["ä", "ß-long-name", ""]])
 def test_strings_come_back_without_a_warning(ds, tmp_path, values):
     named = ds.assign_coords(lat=values, kind=("lat", values[::-1]), run="r1i1p1")
