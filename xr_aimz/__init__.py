@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xr_aimz.model import plate
     from xr_aimz.posterior import Fit
     from xr_aimz.predict import log_likelihood, predict
+    from xr_aimz.prior import prior_predictive
     from xr_aimz.store import to_zarr
 
 __version__ = _version("xr_aimz")
@@ -36,6 +37,7 @@ __all__ = [
     "log_likelihood",
     "plate",
     "predict",
+    "prior_predictive",
     "set_options",
     "to_zarr",
 ]
@@ -48,6 +50,7 @@ _ROOMS = {
     "log_likelihood": "predict",
     "plate": "model",
     "predict": "predict",
+    "prior_predictive": "prior",
     "to_zarr": "store",
 }
 
