@@ -210,9 +210,7 @@ def _filled(drawn: jax.Array, value: Any, known: Any, step: Any) -> jax.Array:
 
 
 def _at(array: Any, step: Any) -> Any:
-    if array is True:
-        return True
-    return array[step] if len(array) > 1 else array[0]
+    return array if array is True else jnp.asarray(array)[step if len(array) > 1 else 0]
 
 
 def _whole(fn: Any, site: Site, dims: Dims, addresses: Addresses) -> Any:

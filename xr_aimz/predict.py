@@ -26,7 +26,7 @@ from xr_aimz.device import device_dtype, to_device_dtype, traced
 from xr_aimz.errors import MissingVariableError, ModelError, OptionError
 from xr_aimz.given import Condition, conditioned, resolved
 from xr_aimz.inputs import Inputs, gather
-from xr_aimz.kernel import Program, predictive
+from xr_aimz.kernel import KNOWN, Program, predictive
 from xr_aimz.kernel import log_likelihood as density_kernel
 from xr_aimz.labelling import result_name, with_coords
 from xr_aimz.labels import label_words
@@ -339,7 +339,9 @@ def _check_cut(wanted: _Evaluation, cut: Plan) -> None:
     reads |= {n: pieces & set(map(str, a.dims)) for n, a in wanted.latents.items()}
     sites = {n: wanted.fit.sites[n] for n in wanted.drawn}
     reads |= {n: pieces & set(dims_in_dataset(s, wanted.fit.binding)) for n, s in sites.items()}
-    for name in wanted.sites:
+    # What a scan draws, all of its block depends on, asked for or not.
+    partly = [n for n in wanted.latents if KNOWN + n in wanted.inputs.arrays]
+    for name in dict.fromkeys((*wanted.sites, *wanted.drawn, *partly)):
         site = wanted.fit.sites[name]
         dims = dims_in_dataset(site, wanted.fit.binding)
         if site.scanned and dims and dims[0] in pieces:

@@ -25,8 +25,8 @@ from xr_aimz.model import Site
 
 __all__ = ["check_rounding", "latent_draws", "seen"]
 
-# Labels closer than this, of their size, are one label that was rounded on its way.
-_ROUNDING = 1e-5
+# Of a label's size: what arithmetic in 64 bits leaves between two ways to the same label.
+_SLACK = 1e-12
 
 
 def seen(
@@ -100,7 +100,7 @@ def _check_alone(
         if not np.array_equal(place[:length], np.arange(length)) or (place[length:] >= 0).any():
             raise LabelError(
                 f"{what}, along which it is scanned: steps can be drawn only after the fit's own, "
-                f"which run from {there[0]!r} to {there[-1]!r}. Give those whole and in order, "
+                f"which run from {there[0]} to {there[-1]}. Give those whole and in order, "
                 "then the new ones"
             )
     elif dim in binding.core_dims:
@@ -112,16 +112,24 @@ def _check_alone(
 
 def check_rounding(what: str, dim: str, new: pd.Index, there: pd.Index) -> None:
     """Refuse a new label that is one of the others but for rounding."""
-    if not (new.dtype.kind in "fiu" and there.dtype.kind in "fiu" and len(new) and len(there)):
+    if {new.dtype.kind, there.dtype.kind} - set("fiu") or not len(new) or not len(there):
         return
-    ordered = np.sort(there.to_numpy(np.float64))
-    wanted = new.to_numpy(np.float64)
-    after = np.clip(np.searchsorted(ordered, wanted), 1, max(len(ordered) - 1, 1))
-    around = np.stack([ordered[after - 1], ordered[np.minimum(after, len(ordered) - 1)]])
-    gap = np.abs(around - wanted)
-    close = ((gap > 0) & (gap < _ROUNDING * np.abs(wanted))).any(0)
-    if close.any() and "f" in (new.dtype.kind, there.dtype.kind):
-        raise LabelError(
-            f"{what}, but {wanted[close][0]!r} there is a label of the others but for rounding; "
-            f"give {dim!r} the same values in both: ds.assign_coords({{{dim!r}: ...}})"
-        )
+    wanted, ordered = new.to_numpy(np.float64), np.sort(there.to_numpy(np.float64))
+    after = np.searchsorted(ordered, wanted)
+    for place in (after - 1, after):
+        near = ordered[np.clip(place, 0, len(ordered) - 1)]
+        if (alike := _alike(wanted, near)).any():
+            raise LabelError(
+                f"{what}, {float(wanted[alike][0])!r} among them, which is "
+                f"{float(near[alike][0])!r} but for rounding; give {dim!r} the same values in both"
+            )
+
+
+def _alike(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Whether two numbers differ by rounding alone: in the last places, or to 32 bits."""
+    near = np.abs(left - right) <= _SLACK * np.abs(left)
+    short = [x.astype(np.float32) for x in (left, right)]
+    rounded = (short[0] == short[1]) & ((short[0] == left) != (short[1] == right))
+    # Whole numbers, such as seconds since 1970, are meant as they are.
+    whole = (left == np.floor(left)) & (right == np.floor(right))
+    return (left != right) & (near | (rounded & ~whole))
