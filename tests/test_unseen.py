@@ -181,6 +181,21 @@ def test_a_table_of_cells_has_new_labels_too():
     np.testing.assert_allclose(pred.y[0, 0], [[50, 50], [3, 4], [50, 50]], atol=0.02)
 
 
+def test_stacked_labels_may_be_new():
+    def model(x, y=None):
+        with xr_aimz.plate("cell"):
+            level = numpyro.sample("level", dist.Normal(50, 1e-3))
+            numpyro.sample("y", dist.Normal(level + x, 1e-3), obs=y)
+
+    ds = xr.Dataset(
+        {n: (("lat", "lon"), np.zeros((2, 2))) for n in "xy"}, {"lat": [1, 2], "lon": [3, 4]}
+    ).stack(cell=("lat", "lon"))
+    fit = ds.isel(cell=[0, 2]).aimz.from_posterior(model, {"level": np.array([[[1.0, 2.0]]])})
+    pred = ds.aimz.predict(fit, new_labels="sample").y
+    np.testing.assert_allclose(pred[0, 0], [1, 50, 2, 50], atol=0.02)
+    assert pred.indexes["cell"].equals(ds.indexes["cell"])
+
+
 # A scan goes on from where the fit ended.
 
 

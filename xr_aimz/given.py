@@ -29,7 +29,7 @@ from xr_aimz.kernel import CONDITION, KNOWN
 from xr_aimz.labelling import result_name
 from xr_aimz.model import Site
 from xr_aimz.unseen import check_rounding
-from xr_aimz.upstream import Origin, check_told
+from xr_aimz.upstream import Origin, check_told, step_dim
 
 __all__ = ["Condition", "conditioned", "resolved"]
 
@@ -48,6 +48,11 @@ def resolved(
     found: dict[str, xr.DataArray] = {}
     for name in _names(condition):
         site = _target(sites, binding, name)
+        if not isinstance(condition, Mapping) and site.obs_argument is None:
+            raise OptionError(
+                f"condition={name!r}: the fit knows of no variable that the site observes as it "
+                f"is; say which values the site takes: condition={{{name!r}: ...}}"
+            )
         if site.name in found:
             raise OptionError(f"condition= names the site {site.name!r} twice, once as {name!r}")
         own = result_name(binding, site)
@@ -137,27 +142,29 @@ def conditioned(
         A value would tell of what is drawn.
     """
     found: dict[str, xr.DataArray] = {}
+    told: dict[str, xr.DataArray | None] = {}
+    free: dict[str, xr.DataArray | None] = {n: None for n in drawn if n not in given}
+    free |= {n: ~inputs.arrays[KNOWN + n] for n in sites if KNOWN + n in inputs.arrays}
     for name, array in given.items():
         values = _whole_numbers(name, array) if origin[name].discrete else array
-        found |= _on_labels(name, values, sites[name], binding, inputs)
-    known = {n: found.get(KNOWN + n) for n in given}
-    for name, mask in known.items():
-        _check_joint(name, mask, sites[name], origin[name].joint)
-    free: dict[str, xr.DataArray | None] = {n: None for n in drawn if n not in given}
-    partly = [n for n in sites if KNOWN + n in inputs.arrays]
-    free |= {n: ~inputs.arrays[KNOWN + n] for n in partly}
-    # A lazy mask is not looked at: any cell may be given, and any may be free.
-    lazy = {n for n, m in known.items() if m is not None and m.chunks is not None}
-    free |= {n: None if n in lazy else ~m for n, m in known.items() if m is not None}
-    seen = {n: None if n in lazy else m for n, m in known.items()}
-    check_told(seen, free, origin, sites, binding)
+        values, labelled = _on_labels(name, values, sites[name], binding, inputs)
+        found[CONDITION + name] = values
+        known = _known(values, labelled)
+        if known is None:
+            told[name] = None
+            continue
+        found[KNOWN + name] = _checked(name, known, sites[name], origin[name], binding)
+        # A lazy mask is not looked at: any labelled cell may be given, and any may be free.
+        lazy = known.chunks is not None
+        told[name], free[name] = (labelled, None) if lazy else (known, ~known)
+    check_told(told, free, origin, sites, binding)
     return found
 
 
 def _on_labels(
     name: str, array: xr.DataArray, site: Site, binding: Binding, inputs: Inputs
-) -> dict[str, xr.DataArray]:
-    """A conditioned site's values on the Dataset's labels, and the mask of where they are."""
+) -> tuple[xr.DataArray, xr.DataArray | None]:
+    """A conditioned site's values on the Dataset's labels, and which labels it had."""
     what = f"condition={name!r}"
     _check_units(what, array, site, binding)
     dims = dims_in_dataset(site, binding)
@@ -169,39 +176,77 @@ def _on_labels(
             f"{what} has dims {array.dims!r}, and the site {dims!r}: {strange!r} is not of it"
         )
     array = array.transpose(*[d for d in dims if d in array.dims])
-    known: xr.DataArray | None = None
+    labelled: xr.DataArray | None = None
     for dim in map(str, array.dims):
         array, here = _aligned(what, array, dim, site, binding, inputs)
         if here is not None:
-            known = here if known is None else known & here
-    array = array.drop_vars(list(array.coords))
-    if array.dtype.kind == "f" and (array.chunks is not None or array.isnull().any()):
-        known = array.notnull() if known is None else array.notnull() & known
-    found = {CONDITION + name: array}
-    if known is not None:
-        found[KNOWN + name] = known.transpose(*[d for d in dims if d in known.dims])
-    return found
+            labelled = here if labelled is None else labelled & here
+    return array.drop_vars(list(array.coords)), labelled
 
 
-def _check_joint(name: str, known: xr.DataArray | None, site: Site, joint: int) -> None:
-    """A part of what is drawn as one cannot be given: the rest would not know of it."""
-    held = (
-        []
-        if known is None
-        else [d for d in site.dims[len(site.dims) - joint :] if d in known.dims]
+def _known(values: xr.DataArray, labelled: xr.DataArray | None) -> xr.DataArray | None:
+    """The mask of the cells that have a value; None if all have one."""
+    known = labelled
+    if values.dtype.kind == "f" and (values.chunks is not None or values.isnull().any()):
+        known = values.notnull() if labelled is None else values.notnull() & labelled
+    return None if known is None else known.transpose(*[d for d in values.dims if d in known.dims])
+
+
+def _checked(
+    name: str, known: xr.DataArray, site: Site, origin: Origin, binding: Binding
+) -> xr.DataArray:
+    """The mask, which gives what is drawn as one whole, and a recursion from its start.
+
+    A lazy mask is looked at in its task: to do so now would be to compute it.
+    """
+    held = [d for d in site.dims[len(site.dims) - origin.joint :] if d in known.dims]
+    if held:
+        known = _each(_check_event, known, held, f"{name!r} gives a part of {held!r}, which its")
+    if name not in origin.names:
+        return known
+    step = step_dim(site, binding)
+    if step is None:
+        raise ModelError(
+            f"condition={name!r} is given in some cells of a scan whose steps are no dimension of "
+            "the Dataset; give it whole"
+        )
+    if step in known.dims:
+        known = _each(_check_start, known, [step], f"{name!r} has a gap along {step!r}, where")
+    return known
+
+
+def _each(check: Any, known: xr.DataArray, dims: list[Any], what: str) -> xr.DataArray:
+    """The mask itself, each part of it along some dims passed through a check."""
+    checked = xr.apply_ufunc(
+        check,
+        known,
+        kwargs={"what": f"condition={what}", "axes": len(dims)},
+        input_core_dims=[dims],
+        output_core_dims=[dims],
+        dask="parallelized",
+        dask_gufunc_kwargs={"allow_rechunk": True},
+        output_dtypes=[bool],
     )
-    if known is None or not held:
-        return
-    if known.chunks is not None:
+    return checked.transpose(*known.dims)
+
+
+def _check_event(known: np.ndarray, what: str, axes: int) -> np.ndarray:
+    last = tuple(range(-axes, 0))
+    if (known.any(last) != known.all(last)).any():
         raise ModelError(
-            f"condition={name!r} is lazy, and its site is drawn as one along {held!r}: whether a "
-            "part of it is missing (NaN) cannot be told; give it in memory: .load()"
+            f"{what} distribution draws as one: the rest would be drawn without it. Give all "
+            "entries or none"
         )
-    if (known.any(held) != known.all(held)).any():
+    return known
+
+
+def _check_start(known: np.ndarray, what: str, axes: int) -> np.ndarray:
+    if (known[..., 1:] & ~known[..., :-1]).any():
         raise ModelError(
-            f"condition={name!r} gives a part of what its {site.distribution} draws as one along "
-            f"{held!r}; the rest would be drawn without it. Give all entries of {held!r} or none"
+            f"{what} the model makes each step from those before: the values after the gap would "
+            "tell of what is drawn in it. Give each history without a gap, from the first step on"
         )
+    return known
 
 
 def _check_units(what: str, array: xr.DataArray, site: Site, binding: Binding) -> None:

@@ -34,7 +34,7 @@ from xr_aimz.model import tracing
 from xr_aimz.options import get_options
 from xr_aimz.plan import Plan, plan
 from xr_aimz.posterior import Fit
-from xr_aimz.unseen import latent_draws, seen
+from xr_aimz.unseen import check_draws, latent_draws, seen
 from xr_aimz.upstream import Origin, origins
 
 __all__ = ["draw_sites", "log_likelihood", "predict"]
@@ -68,7 +68,7 @@ def predict(
         history, then a forecast. A name alone means the Dataset's own variable; a mapping
         gives a DataArray, a number, or the name of another variable. A DataArray is aligned
         by label; where it is NaN or lacks a label, the outcome is drawn, given what comes
-        before it in the model. Values come back as they are.
+        before it in the model. Values are the site's own and come back as they are.
 
         The posterior is not updated: a condition sets values and weighs no draw. Where a
         value would tell of something that this prediction draws, that is an error: a state
@@ -107,7 +107,7 @@ def predict(
     """
     if new_labels not in _NEW_LABELS:
         raise OptionError(f"new_labels={new_labels!r}: there are {_NEW_LABELS!r}")
-    _check_draws(fit)
+    check_draws(fit.posterior, fit.sites, fit.binding)
     posterior = _thinned(fit.posterior, draws)
     inputs = gather(fit.binding, ds, outcomes=False)
     if new_labels == "sample":
@@ -137,17 +137,6 @@ def draw_sites(
         if argument is not None:
             result[result_name(fit.binding, fit.sites[name])].attrs.update(fit.attrs[argument])
     return _dressed(result, ds, wanted, verb)
-
-
-def _check_draws(fit: Fit) -> None:
-    latent = [n for n, s in fit.sites.items() if s.kind == "latent"]
-    absent = [n for n in latent if result_name(fit.binding, fit.sites[n]) not in fit.posterior]
-    if absent:
-        raise ModelError(
-            f"latent sites {absent!r} have no draws in the posterior, which has "
-            f"{sorted(map(str, fit.posterior.data_vars))!r}; a discrete site that was summed over "
-            "in the fit has none: write the outcome as a mixture, MixtureSameFamily"
-        )
 
 
 def _and(inputs: Inputs, more: Mapping[str, xr.DataArray]) -> Inputs:

@@ -23,10 +23,22 @@ from xr_aimz.kernel import KNOWN
 from xr_aimz.labelling import on_labels, result_name
 from xr_aimz.model import Site
 
-__all__ = ["check_rounding", "latent_draws", "seen"]
+__all__ = ["check_draws", "check_rounding", "latent_draws", "seen"]
 
 # Of a label's size: what arithmetic in 64 bits leaves between two ways to the same label.
 _SLACK = 1e-12
+
+
+def check_draws(posterior: xr.Dataset, sites: Mapping[str, Site], binding: Binding) -> None:
+    """Refuse a latent of which there are no draws at all."""
+    latent = {n: result_name(binding, s) for n, s in sites.items() if s.kind == "latent"}
+    absent = [name for name, own in latent.items() if own not in posterior]
+    if absent:
+        raise ModelError(
+            f"latent sites {absent!r} have no draws in the posterior, which has "
+            f"{sorted(map(str, posterior.data_vars))!r}; a discrete site that the fit summed over "
+            "has none: write the outcome as a mixture, MixtureSameFamily"
+        )
 
 
 def seen(

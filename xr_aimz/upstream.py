@@ -24,7 +24,7 @@ from xr_aimz.errors import ModelError
 from xr_aimz.kernel import Program, distributions
 from xr_aimz.model import Site, tracing
 
-__all__ = ["Origin", "check_told", "origins"]
+__all__ = ["Origin", "check_told", "origins", "step_dim"]
 
 Names = frozenset[str]
 _NEVER = np.iinfo(np.int64).max
@@ -134,7 +134,7 @@ def check_told(
     sites: Mapping[str, Site],
     binding: Binding,
 ) -> None:
-    """Refuse values that would tell of what is drawn.
+    """Refuse values that would tell of another site that is drawn.
 
     Parameters
     ----------
@@ -150,24 +150,13 @@ def check_told(
     ModelError
     """
     for name, cells in given.items():
-        for other in sorted(origin[name].names & set(free)):
-            drawn = free[other]
-            if _meet(sites[name], cells, sites[other], drawn, binding):
+        for other in sorted((origin[name].names & set(free)) - {name}):
+            if _meet(sites[name], cells, sites[other], free[other], binding):
                 raise ModelError(
                     f"condition={name!r}: site {other!r} is drawn in this prediction, and values "
-                    f"of {name!r} {_where(name, other)} would tell of it, so its draws would be "
-                    f"those of a model that does not know them. {_remedy(name, other)}"
+                    f"of {name!r} made from it would tell of it, so its draws would be those of a "
+                    f"model that does not know them. Fit with those values, or give {other!r} too"
                 )
-
-
-def _where(name: str, other: str) -> str:
-    return "at later steps" if name == other else "made from it"
-
-
-def _remedy(name: str, other: str) -> str:
-    if name == other:
-        return "Give each history without a gap, up to a step, in memory: .load()"
-    return f"Fit with those values, or give {other!r} as well"
 
 
 def _meet(
@@ -179,16 +168,16 @@ def _meet(
 ) -> bool:
     """Whether some given cell may depend on some free cell of another site."""
     mine, theirs = dims_in_dataset(site, binding), dims_in_dataset(other, binding)
-    step = _step_dim(site, binding)
+    step = step_dim(site, binding)
     shared = [d for d in mine if d in theirs and d in binding.dims]
     kept = [d for d in shared if d not in binding.core_dims and d != step]
-    if step is None or step != _step_dim(other, binding):
+    if step is None or step != step_dim(other, binding):
         return bool((_over(given, kept) & _over(free, kept)).any())
     last, first = (
         _last(_over(given, [step, *kept]), step),
         _first(_over(free, [step, *kept]), step),
     )
-    return bool(((first < last) if site.name == other.name else (first <= last)).any())
+    return bool((first <= last).any())
 
 
 def _first(mask: xr.DataArray, step: str) -> xr.DataArray:
@@ -210,7 +199,7 @@ def _over(mask: xr.DataArray | None, kept: list[Any]) -> xr.DataArray:
     return mask.any([d for d in mask.dims if d not in kept])
 
 
-def _step_dim(site: Site, binding: Binding) -> str | None:
+def step_dim(site: Site, binding: Binding) -> str | None:
     """The dimension along which a site is scanned, if it is one of the Dataset's."""
     if not site.scanned or not site.dims:
         return None
