@@ -110,21 +110,43 @@ def _through(jaxpr: Any, sources: list[Names]) -> list[Names]:
 def _outputs(equation: Any, found: list[Names]) -> list[Names]:
     name, inner = equation.primitive.name, equation.params.get("jaxpr")
     if name == "scan":
-        return _looped(equation.params, found)
+        return _looped(equation, found)
     if name in ("jit", "pjit", "closed_call") and inner is not None:
         return _through(inner.jaxpr, found)
-    return [frozenset().union(*found)] * len(equation.outvars)
+    return _everywhere(equation, found)
 
 
-def _looped(params: Mapping[str, Any], found: list[Names]) -> list[Names]:
-    constants, carried = params["num_consts"], params["num_carry"]
+def _looped(equation: Any, found: list[Names]) -> list[Names]:
+    """A scan: what reaches a carry in one step reaches what is made from it in the next."""
+    counts = _constants_and_carry(equation.params)
+    if counts is None:
+        return _everywhere(equation, found)
+    constants, carried = counts
     place = slice(constants, constants + carried)
     while True:
-        out = _through(params["jaxpr"].jaxpr, found)
+        out = _through(equation.params["jaxpr"].jaxpr, found)
         carry = [old | new for old, new in zip(found[place], out[:carried], strict=True)]
         if carry == found[place]:
             return [*carry, *out[carried:]]
         found = [*found[:constants], *carry, *found[place.stop :]]
+
+
+def _constants_and_carry(params: Mapping[str, Any]) -> tuple[int, int] | None:
+    """How many inputs of a scan are constant, and how many carried; None if JAX hides it."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    try:
+        # From jax 0.12 on the inputs are a tuple of trees: constants, carry and slices.
+        constants, carry, _ = params["ft_in"].unpack()
+    except (AttributeError, KeyError, ValueError):
+        # A JAX that we do not know: refuse more than need be, never less.
+        return None
+    return len(constants), len(carry)
+
+
+def _everywhere(equation: Any, found: list[Names]) -> list[Names]:
+    none: Names = frozenset()
+    return [none.union(*found)] * len(equation.outvars)
 
 
 def check_told(
