@@ -110,7 +110,7 @@ def test_it_commutes_with_selection_and_chunks(data):
     )
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(cases(families=("grid", "local", "broadcast", "features", "table")))
 def test_the_outcome_need_not_be_there(case):
     ds, variables = there(case)
