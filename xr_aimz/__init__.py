@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xr_aimz.model import plate
     from xr_aimz.posterior import Fit
     from xr_aimz.predict import log_likelihood, predict
+    from xr_aimz.prior import prior_predictive
     from xr_aimz.store import open_zarr, to_zarr
 
 __version__ = _version("xr_aimz")
@@ -37,6 +38,7 @@ __all__ = [
     "open_zarr",
     "plate",
     "predict",
+    "prior_predictive",
     "set_options",
     "to_zarr",
 ]
@@ -50,6 +52,7 @@ _ROOMS = {
     "open_zarr": "store",
     "plate": "model",
     "predict": "predict",
+    "prior_predictive": "prior",
     "to_zarr": "store",
 }
 

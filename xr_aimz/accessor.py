@@ -44,6 +44,12 @@ class AimzAccessor:
 
         return predict(self._ds, fit, **options)
 
+    def prior_predictive(self, model: Any, variables: Any = None, **options: Any) -> xr.Dataset:
+        """Prior predictive draws, lazily. See :func:`xr_aimz.prior_predictive`."""
+        from xr_aimz.prior import prior_predictive
+
+        return prior_predictive(self._ds, model, variables, **options)
+
     def log_likelihood(self, fit: Fit, **options: Any) -> xr.Dataset:
         """The log density of each observation, lazily. See :func:`xr_aimz.log_likelihood`."""
         from xr_aimz.predict import log_likelihood

@@ -14,12 +14,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
+from typing import Any
+
+import jax.numpy as jnp
 
 from xr_aimz.binding import Binding
 from xr_aimz.model import Site
 
 __all__ = [
     "TABLE",
+    "broadcast_in_model",
     "dims_in_dataset",
     "probe_sizes",
     "shape_in_dataset",
@@ -190,3 +194,17 @@ def shape_in_model(site: Site, binding: Binding, sizes: Mapping[str, int]) -> tu
     lengths = _lengths(binding, sizes)
     fixed = zip(site.dims, site.shape, strict=True)
     return tuple(1 if d is None else lengths.get(d, n) for d, n in fixed)
+
+
+def broadcast_in_model(
+    array: Any, dims: tuple[str, ...], site: Site, binding: Binding, sizes: Mapping[str, int]
+) -> Any:
+    """A block's array with some of a site's dims, so that it broadcasts against the site."""
+    own = dict(zip(dims, array.shape, strict=True))
+    whole = dims_in_dataset(site, binding)
+    value = jnp.reshape(array, tuple(own.get(d, 1) for d in whole))
+    if TABLE in site.dims:
+        lengths = {d: sizes[d] for d in binding.dims}
+        value = jnp.broadcast_to(value, tuple(lengths.get(d, own.get(d, 1)) for d in whole))
+        own[TABLE] = prod(lengths.values())
+    return jnp.reshape(value, tuple(1 if d is None else own.get(d, 1) for d in site.dims))

@@ -225,7 +225,8 @@ def labels_of(
             array = (
                 source.data if source.data is not None else find(ds, source.name, argument.name)
             )
-            found |= {str(d): i for d, i in array.indexes.items() if d not in dims}
+            extra = set(array.dims) - set(dims)
+            found |= {str(d): i for d, i in array.indexes.items() if d in extra}
     return found
 
 

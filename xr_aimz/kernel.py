@@ -4,7 +4,8 @@ A :class:`Program` is all that is static: the model, its binding and its sites. 
 changes from block to block (arrays, the words of the labels) and from draw to draw (the
 words of chain and draw, the latents) is passed in. Sites that the posterior holds are
 substituted; all others are drawn by :mod:`xr_aimz.keys`, so that a value depends on its
-labels and on nothing else of the block.
+labels and on nothing else of the block. A site that is given in some cells only has its
+other cells drawn.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from numpyro import handlers
+from numpyro.primitives import Messenger
 
 from xr_aimz import keys
-from xr_aimz.axes import TABLE, shape_in_dataset, shape_in_model
+from xr_aimz.axes import TABLE, broadcast_in_model, shape_in_dataset, shape_in_model
 from xr_aimz.binding import Binding, arrange, block_of
-from xr_aimz.errors import ModelError
+from xr_aimz.errors import ModelError, RandomnessError
 from xr_aimz.model import Block, Site
 
-__all__ = ["Program", "log_likelihood", "predictive"]
+__all__ = ["CONDITION", "KNOWN", "Program", "distributions", "log_likelihood", "predictive"]
 
 # A call has `draw`: {"keys": {site: uint32 (2,)}, "latents": {site: array}}
 # and `shared`: {"arrays": {source: array}, "words": {dim: uint32 (n, 2)},
@@ -34,6 +36,10 @@ _LOOSE = "numpyro.prng_key"
 Dims = tuple[str | None, ...]
 Addresses = Mapping[str | None, jax.Array]
 Call = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, jax.Array]]
+# Before a site's name in "arrays": its given value, and in which cells it is known. No source
+# has such a key, for an argument's name has no blank. Without the first the draws of the
+# posterior are the value, without the second it is known everywhere.
+CONDITION, KNOWN = "condition ", "known "
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,17 @@ def log_likelihood(program: Program, sizes: Mapping[str, int]) -> Call:
     return _call(program, sizes, density)
 
 
+def distributions(program: Program, sizes: Mapping[str, int]) -> Callable[..., dict[str, Any]]:
+    """The distribution of each of ``program.returns`` for one draw, on one block."""
+    block = block_of(program.binding, sizes)
+
+    def call(draw: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+        trace = _run(program, block, draw, shared)
+        return {name: trace[name]["fn"] for name in program.returns}
+
+    return call
+
+
 def _call(
     program: Program,
     sizes: Mapping[str, int],
@@ -101,20 +118,59 @@ def _run(
 ) -> Mapping[str, Any]:
     passed = arrange(program.binding, shared["arrays"], program.dims, block)
     known = dict(shared["params"])
+    given = _given(program, block, draw, shared)
     for name, value in draw["latents"].items():
+        if name in given:
+            continue
         shape = shape_in_model(program.sites[name], program.binding, block.sizes)
         known[name] = jnp.reshape(value, shape)
     loose = jax.random.wrap_key_data(draw["keys"][_LOOSE], impl="threefry2x32")
     model = handlers.substitute(handlers.seed(program.model, loose), data=known)
-    drawer = _drawer(program, shared["words"], draw["keys"])
+    drawer = _drawer(program, shared["words"], draw["keys"], given)
     drawn = handlers.substitute(model, substitute_fn=drawer)
+    if any(program.sites[name].scanned for name in given):
+        drawn = _Forwards(drawn)
     trace = handlers.trace(drawn).get_trace(**passed)
     _check_trace(program, trace, known)
     return trace
 
 
+class _Forwards(Messenger):  # type: ignore[misc] # NumPyro's own has no types
+    """Refuses a scan that runs backwards: NumPyro counts its steps from the other end."""
+
+    def process_message(self, message: dict[str, Any]) -> None:
+        if message["type"] == "control_flow" and message["args"][4:] == (True,):
+            raise ModelError(
+                "the model has a scan with reverse=True, whose given steps cannot be told from "
+                "those to be drawn; reverse its arrays instead: scan(f, init, xs[::-1])"
+            )
+
+
+def _given(
+    program: Program, block: Block, draw: Mapping[str, Any], shared: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Of each site that is given in some cells: its values, and which cells are given."""
+    arrays, found = shared["arrays"], {}
+    for name, site in program.sites.items():
+
+        def laid(key: str, site: Site = site) -> Any:
+            dims, array = program.dims[key], arrays[key]
+            return broadcast_in_model(array, dims, site, program.binding, block.sizes)
+
+        mask = laid(KNOWN + name) if KNOWN + name in arrays else True
+        if CONDITION + name in arrays:
+            found[name] = (laid(CONDITION + name), mask)
+        elif mask is not True:
+            shape = shape_in_model(site, program.binding, block.sizes)
+            found[name] = (jnp.reshape(draw["latents"][name], shape), mask)
+    return found
+
+
 def _drawer(
-    program: Program, words: Mapping[str, jax.Array], site_keys: Mapping[str, jax.Array]
+    program: Program,
+    words: Mapping[str, jax.Array],
+    site_keys: Mapping[str, jax.Array],
+    given: Mapping[str, tuple[Any, Any]],
 ) -> Callable[[Mapping[str, Any]], jax.Array | None]:
     """A substitution that draws whatever the posterior does not hold, by label."""
     table: dict[str | None, jax.Array] = {}
@@ -135,9 +191,26 @@ def _drawer(
             dims = dims[1:]
             site_key = keys.fold(site_key, jnp.stack([jnp.uint32(0), step.astype(jnp.uint32)]))
         fn = _whole(message["fn"], site, dims, addresses)
-        return keys.sample(fn, site_key, _address(fn, site, dims, addresses))
+        try:
+            drawn = keys.sample(fn, site_key, _address(fn, site, dims, addresses))
+        except RandomnessError as error:
+            raise RandomnessError(f"site {site.name!r}: {error}") from error
+        return _filled(drawn, *given[site.name], step) if site.name in given else drawn
 
     return draw
+
+
+def _filled(drawn: jax.Array, value: Any, known: Any, step: Any) -> jax.Array:
+    """A draw with the given values in the cells where they are known."""
+    if step is not None:
+        value, known = _at(value, step), _at(known, step)
+    filled = jnp.where(known, value.astype(drawn.dtype), drawn)
+    # Inside a scan an axis that only broadcasts may be missing from the draw.
+    return jnp.reshape(filled, drawn.shape)
+
+
+def _at(array: Any, step: Any) -> Any:
+    return array if array is True else jnp.asarray(array)[step if len(array) > 1 else 0]
 
 
 def _whole(fn: Any, site: Site, dims: Dims, addresses: Addresses) -> Any:
@@ -203,6 +276,8 @@ def _check_trace(program: Program, trace: Mapping[str, Any], known: Mapping[str,
         raise ModelError(f"sites {gone!r} of the fit are not in the model without its outcome")
     for name, message in trace.items():
         if message["type"] != "sample" or name not in known or program.sites[name].scanned:
+            continue
+        if program.sites[name].kind != "latent":
             continue
         fn = message["fn"]
         needed = fn.batch_shape + fn.event_shape

@@ -8,7 +8,7 @@ left for a task to find.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -19,22 +19,27 @@ import xarray as xr
 from numpyro.ops.provenance import eval_provenance
 
 from xr_aimz import keys
-from xr_aimz.axes import dims_in_dataset
+from xr_aimz.axes import dims_in_dataset, shape_in_model
 from xr_aimz.binding import block_of
 from xr_aimz.blocks import Factory, Task, lazy_sites
 from xr_aimz.device import device_dtype, to_device_dtype, traced
 from xr_aimz.errors import MissingVariableError, ModelError, OptionError
+from xr_aimz.given import Condition, conditioned, resolved
 from xr_aimz.inputs import Inputs, gather
-from xr_aimz.kernel import Program, predictive
+from xr_aimz.kernel import KNOWN, Program, predictive
 from xr_aimz.kernel import log_likelihood as density_kernel
-from xr_aimz.labelling import on_labels, result_name, with_coords
+from xr_aimz.labelling import result_name, with_coords
 from xr_aimz.labels import label_words
 from xr_aimz.model import tracing
 from xr_aimz.options import get_options
 from xr_aimz.plan import Plan, plan
 from xr_aimz.posterior import Fit
+from xr_aimz.unseen import check_draws, latent_draws, seen
+from xr_aimz.upstream import Origin, origins
 
-__all__ = ["log_likelihood", "predict"]
+__all__ = ["draw_sites", "log_likelihood", "predict"]
+
+_NEW_LABELS = ("raise", "sample")
 
 
 def predict(
@@ -42,8 +47,10 @@ def predict(
     fit: Fit,
     *,
     sites: str | Sequence[str] | None = None,
+    condition: Condition | None = None,
     draws: int | None = None,
     seed: int = 0,
+    new_labels: str = "raise",
 ) -> xr.Dataset:
     """Posterior predictive draws for a Dataset, lazily.
 
@@ -56,10 +63,25 @@ def predict(
     sites : str or sequence of str, optional
         Sites to return, by their own name or by their outcome's. By default the outcomes
         and the deterministics.
+    condition : str, sequence of str, or mapping, optional
+        Outcomes that are known in some cells, by their variable's or their site's name: a
+        history, then a forecast. A name alone means the Dataset's own variable; a mapping
+        gives a DataArray, a number, or the name of another variable. A DataArray is aligned
+        by label; where it is NaN or lacks a label, the outcome is drawn, given what comes
+        before it in the model. Values are the site's own and come back as they are.
+
+        The posterior is not updated: a condition sets values and weighs no draw. Where a
+        value would tell of something that this prediction draws, that is an error: a state
+        of a scan at a later step than the fit's, a gap in a recursion, another outcome.
     draws : int, optional
         Use this many draws of each chain, evenly spaced. By default all.
     seed : int
         Draws are a function of the seed, the site, the chain and draw, and the labels.
+    new_labels : {"raise", "sample"}
+        What to do where the Dataset has labels, along a dimension of a latent, that the fit
+        never saw: refuse, or draw that latent there from its prior given each draw's globals,
+        label by label. Labels that the fit saw keep their posterior. Of a latent inside a
+        scan, the steps after the fit's last are drawn on from it.
 
     Returns
     -------
@@ -72,21 +94,53 @@ def predict(
     ------
     MissingVariableError, DimensionError, DtypeError, UnitsError, LabelError, ChunkError
         Before any task runs.
+    ModelError
+        A condition on what is not an outcome, or that would tell of a draw; new labels of a
+        latent that the model couples along their dimension.
 
     Examples
     --------
     >>> pred = ds.chunk(lat=10).aimz.predict(fit)  # doctest: +SKIP
     >>> pred.tas.mean(("chain", "draw")).plot()  # doctest: +SKIP
+    >>> # the history as it was, the years after it as they may be
+    >>> pred = future.aimz.predict(fit, condition={"tas": past.tas})  # doctest: +SKIP
     """
+    if new_labels not in _NEW_LABELS:
+        raise OptionError(f"new_labels={new_labels!r}: there are {_NEW_LABELS!r}")
+    check_draws(fit.posterior, fit.sites, fit.binding)
     posterior = _thinned(fit.posterior, draws)
     inputs = gather(fit.binding, ds, outcomes=False)
+    if new_labels == "sample":
+        inputs = _and(inputs, seen(posterior, fit.sites, fit.binding, inputs))
+    if condition is not None:
+        given = resolved(ds, fit.sites, fit.binding, condition)
+        wanted = _Evaluation(fit, inputs, posterior, predictive, tuple(given), seed)
+        known = conditioned(given, wanted.origins, wanted.drawn, fit.sites, fit.binding, inputs)
+        inputs = _and(inputs, known)
+    return draw_sites(ds, fit, posterior, inputs, sites, seed, "predict")
+
+
+def draw_sites(
+    ds: xr.Dataset,
+    fit: Fit,
+    posterior: xr.Dataset,
+    inputs: Inputs,
+    sites: str | Sequence[str] | None,
+    seed: int,
+    verb: str,
+) -> xr.Dataset:
+    """Values of sites, lazily: what ``posterior`` has is taken from it, all else is drawn."""
     wanted = _Evaluation(fit, inputs, posterior, predictive, _chosen(fit, sites), seed)
     result = _lazy(wanted)
     for name in wanted.sites:
         argument = fit.sites[name].obs_argument
         if argument is not None:
             result[result_name(fit.binding, fit.sites[name])].attrs.update(fit.attrs[argument])
-    return _dressed(result, ds, wanted, "predict")
+    return _dressed(result, ds, wanted, verb)
+
+
+def _and(inputs: Inputs, more: Mapping[str, xr.DataArray]) -> Inputs:
+    return replace(inputs, arrays={**inputs.arrays, **more})
 
 
 def log_likelihood(ds: xr.Dataset, fit: Fit, *, draws: int | None = None) -> xr.Dataset:
@@ -147,17 +201,40 @@ class _Evaluation:
     def latents(self) -> dict[str, xr.DataArray]:
         """Draws of each latent site, a local one on the labels of this Dataset."""
         return {
-            name: on_labels(self.posterior, site, self.fit.binding, self.inputs)
+            name: latent_draws(self.posterior, site, self.fit.binding, self.inputs)
             for name, site in self.fit.sites.items()
-            if site.kind == "latent"
+            if site.kind == "latent" and name not in self.drawn
         }
+
+    @cached_property
+    def drawn(self) -> tuple[str, ...]:
+        """The sites that are drawn in every cell, unless they are given."""
+        return tuple(
+            name
+            for name, site in self.fit.sites.items()
+            if site.kind == "observed"
+            or (
+                site.kind == "latent" and result_name(self.fit.binding, site) not in self.posterior
+            )
+        )
+
+    @property
+    def origins(self) -> dict[str, Origin]:
+        """What the distribution of each site is made from."""
+        sizes = self.inputs.sizes
+        return origins(self.program, sizes, *self.structs(sizes, drawn=True))
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.posterior.sizes.get("chain", 1), self.posterior.sizes.get("draw", 1)
 
-    def structs(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What a kernel is called with, for one draw of a block of those sizes."""
+    def structs(
+        self, sizes: Mapping[str, int], *, drawn: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a kernel is called with, for one draw of a block of those sizes.
+
+        With ``drawn``, the sites that it would draw are passed in as latents are.
+        """
         binding = self.fit.binding
 
         def struct(array: xr.DataArray) -> jax.ShapeDtypeStruct:
@@ -167,6 +244,10 @@ class _Evaluation:
 
         word = jax.ShapeDtypeStruct((2,), np.uint32)
         latents = {name: struct(a) for name, a in self.latents.items()}
+        for name in self.drawn if drawn else ():
+            site = self.fit.sites[name]
+            shape = shape_in_model(site, binding, sizes)
+            latents[name] = jax.ShapeDtypeStruct(shape, site.dtype)
         shared = {
             "arrays": {key: struct(a) for key, a in self.inputs.arrays.items()},
             "words": {d: jax.ShapeDtypeStruct((sizes[d], 2), np.uint32) for d in binding.dims},
@@ -180,9 +261,9 @@ class _Evaluation:
         return traced(self.factory(self.program, sizes), block, *self.structs(sizes))
 
     def reached(self, site: str) -> set[str]:
-        """The arrays and latents that a site is made from."""
+        """The arrays and sites that a site is made from."""
         sizes = self.inputs.sizes
-        draw, shared = self.structs(sizes)
+        draw, shared = self.structs(sizes, drawn=True)
         call = self.factory(self.program, sizes)
 
         def value(**named: Any) -> Any:
@@ -245,7 +326,11 @@ def _check_cut(wanted: _Evaluation, cut: Plan) -> None:
     pieces = {d for d, chunks in cut.chunks.items() if len(chunks) > 1}
     reads = {k: pieces & set(map(str, a.dims)) for k, a in wanted.inputs.arrays.items()}
     reads |= {n: pieces & set(map(str, a.dims)) for n, a in wanted.latents.items()}
-    for name in wanted.sites:
+    sites = {n: wanted.fit.sites[n] for n in wanted.drawn}
+    reads |= {n: pieces & set(dims_in_dataset(s, wanted.fit.binding)) for n, s in sites.items()}
+    # What a scan draws, all of its block depends on, asked for or not.
+    partly = [n for n in wanted.latents if KNOWN + n in wanted.inputs.arrays]
+    for name in dict.fromkeys((*wanted.sites, *wanted.drawn, *partly)):
         site = wanted.fit.sites[name]
         dims = dims_in_dataset(site, wanted.fit.binding)
         if site.scanned and dims and dims[0] in pieces:
