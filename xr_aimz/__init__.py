@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from xr_aimz.posterior import Fit
     from xr_aimz.predict import log_likelihood, predict
     from xr_aimz.store import to_zarr
+    from xr_aimz.summary import summary
 
 __version__ = _version("xr_aimz")
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "plate",
     "predict",
     "set_options",
+    "summary",
     "to_zarr",
 ]
 
@@ -48,6 +50,7 @@ _ROOMS = {
     "log_likelihood": "predict",
     "plate": "model",
     "predict": "predict",
+    "summary": "summary",
     "to_zarr": "store",
 }
 

@@ -8,9 +8,9 @@ left for a task to find.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -31,8 +31,11 @@ from xr_aimz.labelling import on_labels, result_name, with_coords
 from xr_aimz.labels import label_words
 from xr_aimz.model import tracing
 from xr_aimz.options import get_options
-from xr_aimz.plan import Plan, plan
+from xr_aimz.plan import Plan, plan, plan_cells
 from xr_aimz.posterior import Fit
+from xr_aimz.reduction import Statistic, parse, reduce, suffixed
+from xr_aimz.reduction import outputs as reduced
+from xr_aimz.summary import dressed
 
 __all__ = ["log_likelihood", "predict"]
 
@@ -44,6 +47,7 @@ def predict(
     sites: str | Sequence[str] | None = None,
     draws: int | None = None,
     seed: int = 0,
+    summary: Any = None,
 ) -> xr.Dataset:
     """Posterior predictive draws for a Dataset, lazily.
 
@@ -60,18 +64,25 @@ def predict(
         Use this many draws of each chain, evenly spaced. By default all.
     seed : int
         Draws are a function of the seed, the site, the chain and draw, and the labels.
+    summary : str, float or sequence of them, optional
+        Statistics in place of the draws, as :func:`xr_aimz.summary` names them: ``("mean",
+        "std", 0.05, 0.5, 0.95, "prob>x", "hdi")``. They are taken inside each task, which then
+        has all draws of fewer cells, and the draws leave no task.
 
     Returns
     -------
     Dataset
         Lazy, dask-backed, dims ``(chain, draw, *observation dims, *event dims)``, with
         the coordinates of ``ds`` and the attrs of the outcome's variable. Floats have
-        JAX's dtype, float32 by default.
+        JAX's dtype, float32 by default. With ``summary``, ``tas_mean`` and its like in place
+        of ``tas``, without ``chain`` and ``draw``.
 
     Raises
     ------
     MissingVariableError, DimensionError, DtypeError, UnitsError, LabelError, ChunkError
         Before any task runs.
+    BlockSizeError
+        With ``summary``, if all draws of the least block are over ``block_bytes``.
 
     Examples
     --------
@@ -80,12 +91,19 @@ def predict(
     """
     posterior = _thinned(fit.posterior, draws)
     inputs = gather(fit.binding, ds, outcomes=False)
-    wanted = _Evaluation(fit, inputs, posterior, predictive, _chosen(fit, sites), seed)
+    statistics = () if summary is None else parse(summary)
+    chosen = _chosen(fit, sites)
+    wanted = _Evaluation(fit, inputs, posterior, predictive, chosen, seed, statistics)
     result = _lazy(wanted)
-    for name in wanted.sites:
-        argument = fit.sites[name].obs_argument
-        if argument is not None:
-            result[result_name(fit.binding, fit.sites[name])].attrs.update(fit.attrs[argument])
+    observed = {name: fit.sites[name].obs_argument for name in wanted.sites}
+    attrs = {
+        result_name(fit.binding, fit.sites[name]): {} if argument is None else fit.attrs[argument]
+        for name, argument in observed.items()
+    }
+    if statistics:
+        result = dressed(result, statistics, attrs)
+    else:
+        result = result.assign({n: result[n].assign_attrs(a) for n, a in attrs.items()})
     return _dressed(result, ds, wanted, "predict")
 
 
@@ -137,6 +155,7 @@ class _Evaluation:
     factory: Factory
     sites: tuple[str, ...]
     seed: int
+    statistics: tuple[Statistic, ...] = ()
 
     @cached_property
     def program(self) -> Program:
@@ -208,7 +227,8 @@ def _lazy(wanted: _Evaluation) -> xr.Dataset:
             to_device_dtype(key, array.values)
     structs, name = wanted.traced(inputs.sizes)
     weight = sum(o.size * o.dtype.itemsize for o in structs.values())
-    cut = plan(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
+    planned = plan_cells if wanted.statistics else plan
+    cut = planned(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
     _check_cut(wanted, cut)
     padded = {d: cut.largest(d) for d in binding.dims}
     if any(padded[d] != inputs.sizes[d] for d in padded):
@@ -231,13 +251,28 @@ def _lazy(wanted: _Evaluation) -> xr.Dataset:
         d: label_words(d, wanted.posterior.indexes.get(d), size=n)
         for d, n in zip(("chain", "draw"), wanted.shape, strict=True)
     }
-    lazy = lazy_sites(task, cut, inputs, wanted.latents, words, outputs)
-    return xr.Dataset(
-        {
-            result_name(binding, fit.sites[name]): (("chain", "draw", *outputs[name][0]), array)
-            for name, array in lazy.items()
-        }
-    )
+    return _named(wanted, task, cut, words, outputs)
+
+
+def _named(
+    wanted: _Evaluation,
+    task: Task,
+    cut: Plan,
+    words: Mapping[str, np.ndarray],
+    outputs: Mapping[str, tuple[tuple[str, ...], Any]],
+) -> xr.Dataset:
+    """The draws of the outputs, or what is asked of them, under their names in a Dataset."""
+    names = {n: result_name(wanted.fit.binding, wanted.fit.sites[n]) for n in outputs}
+    if wanted.statistics:
+        task = replace(task, after=partial(reduce, statistics=wanted.statistics))
+        names, outputs = suffixed(names, wanted.statistics), reduced(outputs, wanted.statistics)
+    else:
+        outputs = {n: (("chain", "draw", *dims), one) for n, (dims, one) in outputs.items()}
+    lazy = lazy_sites(task, cut, wanted.inputs, wanted.latents, words, outputs)
+    result = xr.Dataset({names[n]: (outputs[n][0], array) for n, array in lazy.items()})
+    # Cells were cut to have room for all draws; what is left of those is small.
+    whole = wanted.inputs.chunks if wanted.statistics else {}
+    return result.chunk({d: c for d, c in whole.items() if d in result.dims})
 
 
 def _check_cut(wanted: _Evaluation, cut: Plan) -> None:
@@ -289,6 +324,7 @@ def _thinned(posterior: xr.Dataset, draws: int | None) -> xr.Dataset:
 def _dressed(result: xr.Dataset, ds: xr.Dataset, wanted: _Evaluation, verb: str) -> xr.Dataset:
     """The coordinates and attrs that a result has from its Dataset and its fit."""
     draws = {d: wanted.posterior[d] for d in ("chain", "draw") if d in wanted.posterior.coords}
+    draws = {d: labels for d, labels in draws.items() if d in result.dims}
     result = with_coords(result.assign_coords(draws), wanted.fit.binding, wanted.inputs)
     result = result.squeeze([d for d in wanted.inputs.scalars if d in result.dims])
     line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}: xr_aimz {verb} of {wanted.fit.method}"
