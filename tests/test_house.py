@@ -30,6 +30,8 @@ ROOMS = (
     "labelling",
     "bound",
     "diagnostics",
+    "probe",
+    "guard",
     "posterior",
     "infer",
     "infer.problem",

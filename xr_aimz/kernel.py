@@ -24,7 +24,7 @@ from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.errors import ModelError
 from xr_aimz.model import Block, Site
 
-__all__ = ["Program", "log_likelihood", "predictive"]
+__all__ = ["Dims", "Program", "log_likelihood", "predictive", "reading"]
 
 # A call has `draw`: {"keys": {site: uint32 (2,)}, "latents": {site: array}}
 # and `shared`: {"arrays": {source: array}, "words": {dim: uint32 (n, 2)},
@@ -75,6 +75,15 @@ def log_likelihood(program: Program, sizes: Mapping[str, int]) -> Call:
         return site.dims[: site.batch_ndim], message["fn"].log_prob(message["value"])
 
     return _call(program, sizes, density)
+
+
+def reading(
+    program: Program,
+    sizes: Mapping[str, int],
+    read: Callable[[Site, Mapping[str, Any]], tuple[Dims, Any]],
+) -> Call:
+    """What ``read`` makes of each of ``program.returns``, its dims and its value."""
+    return _call(program, sizes, read)
 
 
 def _call(

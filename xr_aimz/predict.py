@@ -24,6 +24,7 @@ from xr_aimz.binding import block_of
 from xr_aimz.blocks import Factory, Task, lazy_sites
 from xr_aimz.device import device_dtype, to_device_dtype, traced
 from xr_aimz.errors import MissingVariableError, ModelError, OptionError
+from xr_aimz.guard import check_split
 from xr_aimz.inputs import Inputs, gather
 from xr_aimz.kernel import Program, predictive
 from xr_aimz.kernel import log_likelihood as density_kernel
@@ -230,6 +231,7 @@ def _lazy(wanted: _Evaluation) -> xr.Dataset:
     planned = plan_cells if wanted.statistics else plan
     cut = planned(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
     _check_cut(wanted, cut)
+    _check_coupling(wanted, cut, name)
     padded = {d: cut.largest(d) for d in binding.dims}
     if any(padded[d] != inputs.sizes[d] for d in padded):
         structs, name = wanted.traced({**inputs.sizes, **padded})
@@ -298,6 +300,13 @@ def _check_cut(wanted: _Evaluation, cut: Plan) -> None:
                     f"{sorted(reached)!r}, which have: each block would give another. Leave it "
                     f"out, sites=..., or keep the dimension whole: core_dim={lost!r} at the fit"
                 )
+
+
+def _check_coupling(wanted: _Evaluation, cut: Plan, name: str) -> None:
+    fit = wanted.fit
+    pieces = [d for d, chunks in cut.chunks.items() if len(chunks) > 1]
+    seen = {str(n): a for ds in (fit.constant_data, fit.observed_data) for n, a in ds.items()}
+    check_split(name, wanted.program, wanted.inputs, wanted.latents, fit.params, pieces, seen)
 
 
 def _chosen(fit: Fit, sites: str | Sequence[str] | None) -> tuple[str, ...]:
