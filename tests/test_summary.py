@@ -289,7 +289,7 @@ def test_what_is_no_statistic_is_refused(draws, asked):
 
 
 def test_what_has_no_draws_is_refused(ds, draws):
-    with pytest.raises(DimensionError, match="'chain' or 'draw'.*'time'"):
+    with pytest.raises(DimensionError, match=r"'chain' or 'draw'.*'time'"):
         ds.aimz.summary()
     words = xr.Dataset({"word": (DRAWS, np.array([["a", "b"]]))})
     with pytest.raises(DtypeError, match="'word' has dtype <U1"):
