@@ -12,6 +12,7 @@ effect.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import product
@@ -118,7 +119,9 @@ def coupled(
         return ()
     for wide in (True, False):
         for sizes in probe_shapes(program, inputs, dims):
-            with jax.enable_x64(wide or _in_64_bits()):
+            with jax.enable_x64(wide or _in_64_bits()), warnings.catch_warnings():
+                # What a model warns of, it warns of where it is used.
+                warnings.simplefilter("ignore")
                 try:
                     tried = probes(program, inputs, latents, seen or {}, sizes)
                     return _judged(_Evaluator(program, params), tried, dims)
