@@ -292,6 +292,20 @@ def test_a_deterministic_is_judged_by_its_value():
     assert DS.chunk(lat=2).aimz.predict(fit).anomaly.shape == (1, 3, *SHAPE)
 
 
+def test_what_a_site_is_drawn_from_is_judged_with_it():
+    def chain(x, y=None, n=None, reach=1.0):
+        middle = numpyro.sample("middle", dist.Normal(slope() * (x - x.mean(0)), 1.0), obs=y)
+        numpyro.sample("end", dist.Poisson(jnp.exp(reach * middle)), obs=n)
+
+    cut = DS.chunk(time=10)
+    fit = DS.aimz.from_posterior(chain, ONES)
+    with pytest.raises(ModelError, match="along 'time'"):
+        cut.aimz.predict(fit, sites="end")
+    # Where nothing comes from it, a coupled site that is not asked for does no harm.
+    fit = DS.aimz.from_posterior(chain, ONES, {"reach": 0.0})
+    assert cut.aimz.predict(fit, sites="end").n.shape == (1, 3, *SHAPE)
+
+
 def test_a_refusal_says_what_to_do_and_a_whole_dim_is_none():
     of = normal(COUPLED["mean along time"][0])
     fit = DS.aimz.from_posterior(of, ONES)

@@ -124,11 +124,27 @@ def coupled(
                 warnings.simplefilter("ignore")
                 try:
                     tried = probes(program, inputs, latents, seen or {}, sizes)
-                    return _judged(_Evaluator(program, params), tried, dims)
+                    whole = _with_sources(program, params, tried[0])
+                    return _judged(_Evaluator(whole, params), tried, dims)
                 except Exception:
                     # Whatever a model may raise on sizes and dtypes that it was not made for.
                     continue
     return None
+
+
+def _with_sources(program: Program, params: Mapping[str, Any], probe: Probe) -> Program:
+    """The program, with those drawn sites among its ``returns`` that its returns depend on."""
+    hidden = [name for name in probe.noise if name not in program.returns]
+    if not hidden:
+        return program
+    evaluate = _Evaluator(program, params)
+    before, matters = evaluate(probe), []
+    for name in hidden:
+        dims, values = probe.noise[name]
+        after = evaluate(replace(probe, noise={**probe.noise, name: (dims, -values)}))
+        if any(not np.array_equal(before[n], after[n], equal_nan=True) for n in before):
+            matters.append(name)
+    return replace(program, returns=(*program.returns, *matters))
 
 
 def _judged(evaluate: _Evaluator, tried: tuple[Probe, ...], dims: tuple[str, ...]) -> Any:
@@ -168,7 +184,7 @@ class _Evaluator:
         shape = tuple(probe.sizes.values())
         if shape not in self._compiled:
             self._compiled[shape] = self._trace(probe).lower().compile(_QUICK)
-        found = self._compiled[shape](*probe.values)
+        found = self._compiled[shape](*probe.values, self._params)
         return {name: np.asarray(value) for name, value in found.items()}
 
     def differs(
@@ -192,8 +208,8 @@ class _Evaluator:
         shape = tuple(probe.sizes.values())
         if shape not in self._traced:
             with tracing(block_of(self._program.binding, probe.sizes)):
-                call = _call(self._program, probe.sizes, self._params)
-                self._traced[shape] = jax.jit(call).trace(*probe.values)
+                call = _call(self._program, probe.sizes)
+                self._traced[shape] = jax.jit(call).trace(*probe.values, self._params)
         return self._traced[shape]
 
 
@@ -216,12 +232,12 @@ def _same(whole: np.ndarray, part: np.ndarray) -> bool:
     return bool(np.all(alike | ~counts))
 
 
-def _call(program: Program, sizes: Mapping[str, int], params: Mapping[str, Any]) -> Callable:
+def _call(program: Program, sizes: Mapping[str, int]) -> Callable:
     """The kernel that reads densities, of the model with values at all its sites."""
     keys = dict.fromkeys(program.keyed, np.zeros(2, np.uint32))
     words = {d: np.zeros((sizes[d], 2), np.uint32) for d in program.binding.dims}
 
-    def call(arrays: Any, latents: Any, noise: Any) -> dict[str, jax.Array]:
+    def call(arrays: Any, latents: Any, noise: Any, params: Any) -> dict[str, jax.Array]:
         filled = replace(program, model=_filled(program, noise, sizes))
         shared = {"arrays": arrays, "words": words, "params": params}
         return reading(filled, sizes, _read)({"keys": keys, "latents": latents}, shared)

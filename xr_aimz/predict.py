@@ -272,9 +272,10 @@ def _named(
         outputs = {n: (("chain", "draw", *dims), one) for n, (dims, one) in outputs.items()}
     lazy = lazy_sites(task, cut, wanted.inputs, wanted.latents, words, outputs)
     result = xr.Dataset({names[n]: (outputs[n][0], array) for n, array in lazy.items()})
+    if not wanted.statistics:
+        return result
     # Cells were cut to have room for all draws; what is left of those is small.
-    whole = wanted.inputs.chunks if wanted.statistics else {}
-    return result.chunk({d: c for d, c in whole.items() if d in result.dims})
+    return result.chunk({d: c for d, c in wanted.inputs.chunks.items() if d in result.dims})
 
 
 def _check_cut(wanted: _Evaluation, cut: Plan) -> None:
