@@ -35,7 +35,7 @@ from xr_aimz.errors import ModelError
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Dims, Program, reading
 from xr_aimz.model import Site, tracing
-from xr_aimz.probe import Probe, half, probe_shapes, probes
+from xr_aimz.probe import Probe, probe_shapes, probes
 
 __all__ = ["check_split", "coupled"]
 
@@ -200,7 +200,8 @@ class _Evaluator:
                 # An event that spans the dim is one density of cells that belong together.
                 if set(inside) & set(dims):
                     return True
-                if not _same(whole[name][half(along[: part.ndim - 1], halves)], part):
+                here = probe.index(along[: part.ndim - 1], halves)
+                if not _same(whole[name][here], part):
                     return True
         return False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Program
 from xr_aimz.model import Site
 
-__all__ = ["Probe", "half", "probe_shapes", "probes"]
+__all__ = ["Probe", "probe_shapes", "probes"]
 
-# Half of a probe's length: no period by which a model may count positions (7, 12, 24, 365).
-HALF = 13
+# Half of a probe's length, the first that is not too much: a lag must fit into a probe, and its
+# halves be no period by which a model may count positions (7, 12, 24, 365).
+_HALVES = (401, 61, 13)
+_MOST = 2**17
 # Cells along the dims that stay whole: as many as there are, up to this.
 _MOST_WHOLE = 4096
 Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
@@ -50,10 +53,17 @@ class Probe:
         """The first or second half (0, 1) along each of some dims."""
 
         def cut(named: Named) -> Named:
-            return {n: (dims, a[half(dims, halves)]) for n, (dims, a) in named.items()}
+            return {n: (dims, a[self.index(dims, halves)]) for n, (dims, a) in named.items()}
 
-        sizes = {**self.sizes, **dict.fromkeys(halves, HALF)}
+        sizes = {**self.sizes, **{d: self.sizes[d] // 2 for d in halves}}
         return Probe(sizes, cut(self.arrays), cut(self.latents), cut(self.noise))
+
+    def index(self, dims: Iterable[str], halves: Mapping[str, int]) -> tuple[slice, ...]:
+        """Where a half along some dims lies in an array of the probe's."""
+        lengths = [(self.sizes[d] // 2, halves[d]) if d in halves else None for d in dims]
+        return tuple(
+            slice(None) if n is None else slice(n[0] * n[1], n[0] * (n[1] + 1)) for n in lengths
+        )
 
     @property
     def values(self) -> tuple[dict[str, np.ndarray], ...]:
@@ -62,24 +72,31 @@ class Probe:
         return tuple({n: a for n, (_, a) in named.items()} for named in kinds)
 
 
-def half(dims: Iterable[str], halves: Mapping[str, int]) -> tuple[slice, ...]:
-    """The index, into an array with those dims, of a half along some of them."""
-    starts = [halves[d] * HALF if d in halves else None for d in dims]
-    return tuple(slice(None) if s is None else slice(s, s + HALF) for s in starts)
-
-
 def probe_shapes(
     program: Program, inputs: Inputs, dims: tuple[str, ...]
 ) -> Iterator[dict[str, int]]:
     """Sizes to try, with ``dims`` to be halved; the others whole, unless they are very long."""
-    sizes = {**inputs.sizes, **dict.fromkeys(dims, 2 * HALF)}
-    short, left = dict(sizes), _MOST_WHOLE
-    for d in (d for d in program.binding.dims if d not in dims):
-        short[d] = min(sizes[d], left)
-        left = max(left // short[d], 1)
-    yield short
-    if short != sizes and np.prod([sizes[d] for d in program.binding.dims], dtype=float) < 1e6:
-        yield sizes
+    for length in _HALVES:
+        sizes = {**inputs.sizes, **dict.fromkeys(dims, 2 * length)}
+        short, left = dict(sizes), _MOST_WHOLE
+        for d in (d for d in program.binding.dims if d not in dims):
+            short[d] = min(sizes[d], left)
+            left = max(left // short[d], 1)
+        if length == _HALVES[-1] or _weight(program, inputs, short) <= _MOST:
+            yield short
+            if short != sizes and _weight(program, inputs, sizes) <= 8 * _MOST:
+                yield sizes
+            return
+
+
+def _weight(program: Program, inputs: Inputs, sizes: Mapping[str, int]) -> int:
+    """The values of the largest array."""
+    every = [
+        program.binding.dims,
+        *inputs.dims.values(),
+        *(s.dims for s in program.sites.values()),
+    ]
+    return max(prod(sizes.get(str(d), 1) for d in dims) for dims in every)
 
 
 def probes(
