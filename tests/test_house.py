@@ -30,6 +30,8 @@ ROOMS = (
     "labelling",
     "bound",
     "diagnostics",
+    "probe",
+    "guard",
     "posterior",
     "infer",
     "infer.problem",
@@ -42,6 +44,8 @@ ROOMS = (
     "upstream",
     "given",
     "plan",
+    "reduction",
+    "summary",
     "blocks",
     "predict",
     "prior",
@@ -247,6 +251,7 @@ def test_public_names_are_no_modules():
     statement = (
         "import sys, types, xr_aimz\n"
         "import xr_aimz.describe, xr_aimz.fit, xr_aimz.from_posterior, xr_aimz.predict\n"
+        "import xr_aimz.summary\n"
         "names = [n for n in xr_aimz.__all__ if n != 'errors']\n"
         "modules = [n for n in names if isinstance(getattr(xr_aimz, n), types.ModuleType)]\n"
         "assert not modules, modules"

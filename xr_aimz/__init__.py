@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from xr_aimz.predict import log_likelihood, predict
     from xr_aimz.prior import prior_predictive
     from xr_aimz.store import open_zarr, to_zarr
+    from xr_aimz.summary import summary
 
 __version__ = _version("xr_aimz")
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "predict",
     "prior_predictive",
     "set_options",
+    "summary",
     "to_zarr",
 ]
 
@@ -53,6 +55,7 @@ _ROOMS = {
     "plate": "model",
     "predict": "predict",
     "prior_predictive": "prior",
+    "summary": "summary",
     "to_zarr": "store",
 }
 

@@ -54,6 +54,8 @@ class Task:
         The size to which a block is padded.
     sizes : mapping of dim to int
         Of the dimensions that are never cut.
+    after : callable
+        What a task makes of its sites' draws ``(chain, draw, *dims)`` before they leave it.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Task:
     padded: Mapping[str, int]
     sizes: Mapping[str, int]
     operands: tuple[tuple[str, str, tuple[str, ...]], ...] = field(default=())
+    after: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
 
 
 def lazy_sites(
@@ -75,7 +78,7 @@ def lazy_sites(
     words: Mapping[str, np.ndarray],
     outputs: Mapping[str, tuple[tuple[str, ...], Any]],
 ) -> dict[str, da.Array]:
-    """A dask array for each site, dims ``(chain, draw, *dims)``.
+    """A dask array for each output of a task.
 
     Parameters
     ----------
@@ -85,12 +88,14 @@ def lazy_sites(
     latents : mapping of site to DataArray ``(chain, draw, ...)``
     words : mapping of ``chain`` and ``draw`` to array of uint32 (n, 2)
     outputs : mapping of site to (dims, struct)
-        ``struct`` has the shape of one draw of a whole padded block, and the dtype.
+        ``struct`` has the dtype, and the shape along ``dims`` of one whole padded block, less
+        chain and draw.
     """
     # Equal tokens, equal values: what dask may share between two graphs.
     labels = {d: inputs.labels.get(d) for d in task.program.binding.dims}
     arrays = dict(inputs.arrays)
-    token = tokenize(task.identity, task.name, task.seed, plan, words, labels, arrays)
+    parts = (task.identity, task.name, task.seed, task.after, plan, words, labels, arrays)
+    token = tokenize(*parts)
     chunks = {"chain": plan.chain, "draw": plan.draw, **plan.chunks}
     operands = _operands(task, inputs, latents, words, chunks)
     described = replace(task, operands=tuple((kind, n, dims) for kind, n, dims, _ in operands))
@@ -187,11 +192,12 @@ def _pick(
     name: str,
 ) -> da.Array:
     # What does not vary along a dimension is the same in each of its blocks: the first.
-    here = tuple(slice(None) if d in ("chain", "draw", *dims) else slice(0, 1) for d in index)
-    lengths = dict(zip(dims, struct.shape, strict=True))
+    here = tuple(slice(None) if d in dims else slice(0, 1) for d in index)
+    own = tuple(d for d in dims if d not in ("chain", "draw"))
+    lengths = dict(zip(own, struct.shape, strict=True))
     return da.blockwise(
         _take,
-        ("chain", "draw", *dims),
+        dims,
         blocks.blocks[here],
         index,
         site=site,
@@ -199,7 +205,7 @@ def _pick(
         new_axes={d: n for d, n in lengths.items() if d not in index},
         concatenate=None,
         dtype=struct.dtype,
-        meta=np.empty((0,) * (2 + len(dims)), struct.dtype),
+        meta=np.empty((0,) * len(dims), struct.dtype),
         align_arrays=False,
     )
 
@@ -236,10 +242,11 @@ def _run_block(task: Task, *blocks: np.ndarray) -> dict[str, np.ndarray]:
             "params": task.params,
         },
     )
-    return {
+    draws = {
         site: _cut(value, dims_in_dataset(task.program.sites[site], binding), lengths, shape)
         for site, value in outputs.items()
     }
+    return task.after(draws)
 
 
 def _over_draws(

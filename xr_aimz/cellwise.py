@@ -31,7 +31,14 @@ from numpyro.distributions.util import lazy_property
 from xr_aimz.errors import RandomnessError
 from xr_aimz.threefry import threefry
 
-__all__ = ["COUNTED", "ForeignShapeError", "draw_by_cell", "draw_by_counter", "fold"]
+__all__ = [
+    "COUNTED",
+    "ForeignShapeError",
+    "draw_by_cell",
+    "draw_by_counter",
+    "fold",
+    "parameters_by_cell",
+]
 
 Shape = tuple[int, ...]
 Words = np.ndarray | Array
@@ -140,6 +147,33 @@ def draw_by_cell(fn: dist.Distribution, keys: Array, batch: Shape) -> Array:
             "a constraint of the right event_dim"
         ) from error
     return jnp.reshape(drawn, batch + drawn.shape[1:])
+
+
+def parameters_by_cell(fn: dist.Distribution, batch: Shape) -> list[Array]:
+    """
+    Boil each parameter of a distribution down to one number a cell.
+
+    Parameters
+    ----------
+    fn
+        A distribution whose batch shape broadcasts to ``batch``.
+    batch
+        The shape of the cells.
+
+    Returns
+    -------
+    list of jax.Array
+        Of shape ``batch``: equal where the parameters are, and else, as good as always, not.
+    """
+    found: list[Array] = []
+    _cell(fn, batch, (), found, set())
+    cells = [jnp.reshape(p, (p.shape[0], -1)) for p in found]
+    sums = [p @ jnp.sin(1.0 + jnp.arange(p.shape[1])) for p in cells]
+    shared = [leaf for leaf in jax.tree.leaves(fn) if jnp.size(leaf) == 1]
+    return [
+        *(jnp.reshape(p, batch) for p in sums),
+        *(jnp.broadcast_to(jnp.reshape(leaf, ()), batch) for leaf in shared),
+    ]
 
 
 def _event_of(fn: dist.Distribution, drawn: Array) -> Shape:

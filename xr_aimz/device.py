@@ -22,7 +22,7 @@ from xr_aimz.errors import DtypeError
 from xr_aimz.kernel import Call
 from xr_aimz.model import Block, tracing
 
-__all__ = ["device_dtype", "run", "to_device_dtype", "traced"]
+__all__ = ["device_dtype", "digest", "run", "to_device_dtype", "traced"]
 
 _compiled: dict[Any, Any] = {}
 # How many elements one step of the map over draws should have: measured on two cores, see
@@ -43,11 +43,16 @@ def traced(call: Call, block: Block, draw: Any, shared: Any) -> tuple[dict[str, 
     """
     with tracing(block):
         jaxpr, outputs = jax.make_jaxpr(call, return_shape=True)(draw, shared)
+    return outputs, digest(jaxpr)
+
+
+def digest(jaxpr: Any) -> str:
+    """A name for a traced program: of what it does, and of the constants in it."""
     # Functions inside a program print their address, which says nothing.
-    digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(jaxpr)).encode())
+    found = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(jaxpr)).encode())
     for constant in jaxpr.consts:
-        digest.update(np.asarray(constant).tobytes())
-    return outputs, digest.hexdigest()
+        found.update(np.asarray(constant).tobytes())
+    return found.hexdigest()
 
 
 def to_device_dtype(name: str, values: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ was found and what would work.
 __all__ = [
     "AimzError",
     "BindingError",
+    "BlockSizeError",
     "ChunkError",
     "ConvergenceWarning",
     "DimensionError",
@@ -51,6 +52,10 @@ class LabelError(AimzError, ValueError):
 
 class ChunkError(AimzError, ValueError):
     """A dimension is chunked where it must be whole: rechunk the Dataset."""
+
+
+class BlockSizeError(AimzError, MemoryError):
+    """The least that a task must hold is more than it may: allow more, or ask for less."""
 
 
 class UnitsError(AimzError, ValueError):

@@ -26,7 +26,16 @@ from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.errors import ModelError, RandomnessError
 from xr_aimz.model import Block, Site
 
-__all__ = ["CONDITION", "KNOWN", "Program", "distributions", "log_likelihood", "predictive"]
+__all__ = [
+    "CONDITION",
+    "KNOWN",
+    "Dims",
+    "Program",
+    "distributions",
+    "log_likelihood",
+    "predictive",
+    "reading",
+]
 
 # A call has `draw`: {"keys": {site: uint32 (2,)}, "latents": {site: array}}
 # and `shared`: {"arrays": {source: array}, "words": {dim: uint32 (n, 2)},
@@ -92,6 +101,15 @@ def distributions(program: Program, sizes: Mapping[str, int]) -> Callable[..., d
         return {name: trace[name]["fn"] for name in program.returns}
 
     return call
+
+
+def reading(
+    program: Program,
+    sizes: Mapping[str, int],
+    read: Callable[[Site, Mapping[str, Any]], tuple[Dims, Any]],
+) -> Call:
+    """What ``read`` makes of each of ``program.returns``, its dims and its value."""
+    return _call(program, sizes, read)
 
 
 def _call(

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from math import prod
 
 from xr_aimz.binding import Binding
+from xr_aimz.errors import BlockSizeError
 from xr_aimz.inputs import Inputs
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "finer", "plan", "plan_cells"]
 
 # A block of fewer cells spends its time on being a task; the draws are cut before that.
 _LEAST_CELLS = 1024
@@ -68,6 +69,50 @@ def plan(
     block = prod(max(c) for c in chunks.values()) * per_cell
     chain, draw = _cut_draws(shape, max(int(limit / block), 1))
     return Plan(chunks, chain, draw)
+
+
+def plan_cells(
+    binding: Binding,
+    inputs: Inputs,
+    shape: tuple[int, int],
+    bytes_per_draw: int,
+    limit: int,
+) -> Plan:
+    """Plan blocks that have all draws of their cells: cells are cut, never draws.
+
+    Parameters
+    ----------
+    binding, inputs, shape, bytes_per_draw, limit
+        As in :func:`plan`.
+
+    Raises
+    ------
+    BlockSizeError
+        The draws of one cell, or of one whole length of a core dim, are over the limit.
+    """
+    sizes = {d: inputs.sizes[d] for d in binding.dims}
+    per_cell = max(bytes_per_draw / max(prod(sizes.values()), 1), 1e-9) * prod(shape)
+    whole = {d: inputs.chunks.get(d, (n,)) for d, n in sizes.items()}
+    chunks = finer(whole, binding.core_dims, int(limit / _COPIES / per_cell))
+    lengths = {d: max(c) for d, c in chunks.items()}
+    weight = prod(lengths.values()) * per_cell
+    if weight > limit:
+        raise BlockSizeError(
+            f"a summary needs all draws of a cell in one task: {shape[0]} chains x {shape[1]} "
+            f"draws of a block of {lengths!r}, the smallest with core_dim={binding.core_dims!r} "
+            f"whole, weigh {weight:.3g} bytes, and block_bytes is {limit}; take fewer draws, "
+            f"draws=..., or allow more, xr_aimz.set_options(block_bytes={_COPIES * int(weight)})"
+        )
+    return Plan(chunks, (shape[0],), (shape[1],))
+
+
+def finer(
+    chunks: Mapping[str, tuple[int, ...]], core: Iterable[str], cells: int
+) -> dict[str, tuple[int, ...]]:
+    """The same chunks, each cut evenly, so that none has more than ``cells`` cells."""
+    lengths = {d: max(c) for d, c in chunks.items()}
+    most = {d: max(c) for d, c in _cut(lengths, tuple(core), max(cells, 1)).items()}
+    return {d: tuple(n for c in own for n in _even(c, most[d])) for d, own in chunks.items()}
 
 
 def _cut(sizes: Mapping[str, int], core: Iterable[str], cells: int) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from xr_aimz.blocks import Factory, Task, lazy_sites
 from xr_aimz.device import device_dtype, to_device_dtype, traced
 from xr_aimz.errors import MissingVariableError, ModelError, OptionError
 from xr_aimz.given import Condition, conditioned, resolved
+from xr_aimz.guard import check_split
 from xr_aimz.inputs import Inputs, gather
 from xr_aimz.kernel import KNOWN, Program, predictive
 from xr_aimz.kernel import log_likelihood as density_kernel
@@ -32,8 +33,11 @@ from xr_aimz.labelling import result_name, with_coords
 from xr_aimz.labels import label_words
 from xr_aimz.model import tracing
 from xr_aimz.options import get_options
-from xr_aimz.plan import Plan, plan
+from xr_aimz.plan import Plan, plan, plan_cells
 from xr_aimz.posterior import Fit
+from xr_aimz.reduction import Statistic, parse, reduce, suffixed
+from xr_aimz.reduction import outputs as reduced
+from xr_aimz.summary import dressed
 from xr_aimz.unseen import check_draws, latent_draws, seen
 from xr_aimz.upstream import Origin, origins
 
@@ -51,6 +55,7 @@ def predict(
     draws: int | None = None,
     seed: int = 0,
     new_labels: str = "raise",
+    summary: Any = None,
 ) -> xr.Dataset:
     """Posterior predictive draws for a Dataset, lazily.
 
@@ -82,13 +87,18 @@ def predict(
         never saw: refuse, or draw that latent there from its prior given each draw's globals,
         label by label. Labels that the fit saw keep their posterior. Of a latent inside a
         scan, the steps after the fit's last are drawn on from it.
+    summary : str, float or sequence of them, optional
+        Statistics in place of the draws, as :func:`xr_aimz.summary` names them: ``("mean",
+        "std", 0.05, 0.5, 0.95, "prob>x", "hdi")``. They are taken inside each task, which then
+        has all draws of fewer cells, and the draws leave no task.
 
     Returns
     -------
     Dataset
         Lazy, dask-backed, dims ``(chain, draw, *observation dims, *event dims)``, with
         the coordinates of ``ds`` and the attrs of the outcome's variable. Floats have
-        JAX's dtype, float32 by default.
+        JAX's dtype, float32 by default. With ``summary``, ``tas_mean`` and its like in place
+        of ``tas``, without ``chain`` and ``draw``.
 
     Raises
     ------
@@ -97,6 +107,8 @@ def predict(
     ModelError
         A condition on what is not an outcome, or that would tell of a draw; new labels of a
         latent that the model couples along their dimension.
+    BlockSizeError
+        With ``summary``, if all draws of the least block are over ``block_bytes``.
 
     Examples
     --------
@@ -110,6 +122,7 @@ def predict(
     check_draws(fit.posterior, fit.sites, fit.binding)
     posterior = _thinned(fit.posterior, draws)
     inputs = gather(fit.binding, ds, outcomes=False)
+    statistics = () if summary is None else parse(summary)
     if new_labels == "sample":
         inputs = _and(inputs, seen(posterior, fit.sites, fit.binding, inputs))
     if condition is not None:
@@ -117,7 +130,9 @@ def predict(
         wanted = _Evaluation(fit, inputs, posterior, predictive, tuple(given), seed)
         known = conditioned(given, wanted.origins, wanted.drawn, fit.sites, fit.binding, inputs)
         inputs = _and(inputs, known)
-    return draw_sites(ds, fit, posterior, inputs, sites, seed, "predict")
+    chosen = _chosen(fit, sites)
+    wanted = _Evaluation(fit, inputs, posterior, predictive, chosen, seed, statistics)
+    return _drawn(ds, wanted, "predict")
 
 
 def draw_sites(
@@ -131,11 +146,20 @@ def draw_sites(
 ) -> xr.Dataset:
     """Values of sites, lazily: what ``posterior`` has is taken from it, all else is drawn."""
     wanted = _Evaluation(fit, inputs, posterior, predictive, _chosen(fit, sites), seed)
-    result = _lazy(wanted)
-    for name in wanted.sites:
-        argument = fit.sites[name].obs_argument
-        if argument is not None:
-            result[result_name(fit.binding, fit.sites[name])].attrs.update(fit.attrs[argument])
+    return _drawn(ds, wanted, verb)
+
+
+def _drawn(ds: xr.Dataset, wanted: _Evaluation, verb: str) -> xr.Dataset:
+    fit, result = wanted.fit, _lazy(wanted)
+    observed = {name: fit.sites[name].obs_argument for name in wanted.sites}
+    attrs = {
+        result_name(fit.binding, fit.sites[name]): {} if argument is None else fit.attrs[argument]
+        for name, argument in observed.items()
+    }
+    if wanted.statistics:
+        result = dressed(result, wanted.statistics, attrs)
+    else:
+        result = result.assign({n: result[n].assign_attrs(a) for n, a in attrs.items()})
     return _dressed(result, ds, wanted, verb)
 
 
@@ -191,6 +215,7 @@ class _Evaluation:
     factory: Factory
     sites: tuple[str, ...]
     seed: int
+    statistics: tuple[Statistic, ...] = ()
 
     @cached_property
     def program(self) -> Program:
@@ -289,8 +314,10 @@ def _lazy(wanted: _Evaluation) -> xr.Dataset:
             to_device_dtype(key, array.values)
     structs, name = wanted.traced(inputs.sizes)
     weight = sum(o.size * o.dtype.itemsize for o in structs.values())
-    cut = plan(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
+    planned = plan_cells if wanted.statistics else plan
+    cut = planned(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
     _check_cut(wanted, cut)
+    _check_coupling(wanted, cut, name)
     padded = {d: cut.largest(d) for d in binding.dims}
     if any(padded[d] != inputs.sizes[d] for d in padded):
         structs, name = wanted.traced({**inputs.sizes, **padded})
@@ -312,13 +339,29 @@ def _lazy(wanted: _Evaluation) -> xr.Dataset:
         d: label_words(d, wanted.posterior.indexes.get(d), size=n)
         for d, n in zip(("chain", "draw"), wanted.shape, strict=True)
     }
-    lazy = lazy_sites(task, cut, inputs, wanted.latents, words, outputs)
-    return xr.Dataset(
-        {
-            result_name(binding, fit.sites[name]): (("chain", "draw", *outputs[name][0]), array)
-            for name, array in lazy.items()
-        }
-    )
+    return _named(wanted, task, cut, words, outputs)
+
+
+def _named(
+    wanted: _Evaluation,
+    task: Task,
+    cut: Plan,
+    words: Mapping[str, np.ndarray],
+    outputs: Mapping[str, tuple[tuple[str, ...], Any]],
+) -> xr.Dataset:
+    """The draws of the outputs, or what is asked of them, under their names in a Dataset."""
+    names = {n: result_name(wanted.fit.binding, wanted.fit.sites[n]) for n in outputs}
+    if wanted.statistics:
+        task = replace(task, after=partial(reduce, statistics=wanted.statistics))
+        names, outputs = suffixed(names, wanted.statistics), reduced(outputs, wanted.statistics)
+    else:
+        outputs = {n: (("chain", "draw", *dims), one) for n, (dims, one) in outputs.items()}
+    lazy = lazy_sites(task, cut, wanted.inputs, wanted.latents, words, outputs)
+    result = xr.Dataset({names[n]: (outputs[n][0], array) for n, array in lazy.items()})
+    if not wanted.statistics:
+        return result
+    # Cells were cut to have room for all draws; what is left of those is small.
+    return result.chunk({d: c for d, c in wanted.inputs.chunks.items() if d in result.dims})
 
 
 def _check_cut(wanted: _Evaluation, cut: Plan) -> None:
@@ -350,6 +393,13 @@ def _check_cut(wanted: _Evaluation, cut: Plan) -> None:
                 )
 
 
+def _check_coupling(wanted: _Evaluation, cut: Plan, name: str) -> None:
+    fit = wanted.fit
+    pieces = [d for d, chunks in cut.chunks.items() if len(chunks) > 1]
+    seen = {str(n): a for ds in (fit.constant_data, fit.observed_data) for n, a in ds.items()}
+    check_split(name, wanted.program, wanted.inputs, wanted.latents, fit.params, pieces, seen)
+
+
 def _chosen(fit: Fit, sites: str | Sequence[str] | None) -> tuple[str, ...]:
     if sites is None:
         return tuple(n for n, s in fit.sites.items() if s.kind in ("observed", "deterministic"))
@@ -374,6 +424,7 @@ def _thinned(posterior: xr.Dataset, draws: int | None) -> xr.Dataset:
 def _dressed(result: xr.Dataset, ds: xr.Dataset, wanted: _Evaluation, verb: str) -> xr.Dataset:
     """The coordinates and attrs that a result has from its Dataset and its fit."""
     draws = {d: wanted.posterior[d] for d in ("chain", "draw") if d in wanted.posterior.coords}
+    draws = {d: labels for d, labels in draws.items() if d in result.dims}
     result = with_coords(result.assign_coords(draws), wanted.fit.binding, wanted.inputs)
     result = result.squeeze([d for d in wanted.inputs.scalars if d in result.dims])
     line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}: xr_aimz {verb} of {wanted.fit.method}"

@@ -1,0 +1,372 @@
+"""Models that couple cells are found out, and no others are."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+import xarray as xr
+from numpyro.contrib.control_flow import scan
+
+import xr_aimz
+from xr_aimz import guard
+from xr_aimz.errors import ModelError
+from xr_aimz.inputs import gather
+from xr_aimz.kernel import Program
+
+DIMS = ("time", "lat")
+SHAPE = (40, 6)
+RNG = np.random.default_rng(0)
+DS = xr.Dataset(
+    {
+        "x": (DIMS, RNG.normal(size=SHAPE)),
+        "z": ("time", RNG.normal(size=40)),
+        "y": (DIMS, RNG.gamma(2, 1, SHAPE)),
+        "n": (DIMS, RNG.poisson(2, SHAPE)),
+        "wide": ((*DIMS, "feature"), RNG.normal(1e3, 1, (*SHAPE, 500))),
+    },
+    {"time": np.arange(1980, 2020), "lat": np.linspace(-50, 50, 6)},
+)
+# All ones, and the data of some tests constant: what a probe must not be deceived by.
+ONES = {"b": np.ones((1, 3))}
+
+
+def slope():
+    return numpyro.sample("b", dist.Normal(0, 1))
+
+
+def verdict(of, split=DIMS, ds=DS, posterior=ONES, variables=None, **options):
+    """What the guard says, or the dims that it names; None if it cannot judge."""
+    fit = ds.aimz.from_posterior(of, posterior, variables, **options)
+    inputs = gather(fit.binding, ds, outcomes=False)
+    program = Program(fit.model, fit.binding, fit.sites, inputs.dims, tuple(fit.sites))
+    latents = {n: a for n, a in fit.posterior.items() if fit.sites[n].kind == "latent"}
+    return guard.coupled(program, inputs, latents, {}, split)
+
+
+def normal(location):
+    def of(x, z, y=None):
+        numpyro.sample("y", dist.Normal(location(slope(), x, z), 1.0), obs=y)
+
+    return of
+
+
+def moving_average(x):
+    return jax.vmap(lambda v: jnp.convolve(v, jnp.array([0.2, 0.6, 0.2]), "same"), 1, 1)(x)
+
+
+COUPLED = {
+    "running sum": (lambda b, x, z: jnp.cumsum(b * x, 0), ("time",)),
+    "mean along time": (lambda b, x, z: b * (x - x.mean(0)), ("time",)),
+    "mean along lat": (lambda b, x, z: b * (x - x.mean(1, keepdims=True)), ("lat",)),
+    "mean of all": (lambda b, x, z: b * (x - x.mean()), ("time", "lat")),
+    "a thousandth of a mean": (lambda b, x, z: b * (x - 1e-3 * x.mean(0)), ("time",)),
+    "scaled by the largest": (lambda b, x, z: x / jnp.abs(z).max() * b, ("time",)),
+    "lag": (lambda b, x, z: jnp.concatenate([x[:1], b * x[:-1]]), ("time",)),
+    "lag of a month": (lambda b, x, z: jnp.concatenate([x[:30], b * x[:-30]]), ("time",)),
+    "roll": (lambda b, x, z: b * jnp.roll(x, 1, 1), ("lat",)),
+    "fft": (lambda b, x, z: jnp.fft.ifft(jnp.fft.fft(x, axis=0).at[1].mul(b + 1), axis=0).real, 1),
+    "convolution": (lambda b, x, z: b * moving_average(x), ("time",)),
+    "position": (lambda b, x, z: x + b * jnp.arange(x.shape[0])[:, None], ("time",)),
+    "day of the year": (
+        lambda b, x, z: x + b * jnp.sin((jnp.arange(x.shape[0]) % 365) / 58)[:, None],
+        ("time",),
+    ),
+    "month": (lambda b, x, z: x + b * (jnp.arange(x.shape[0]) % 12)[:, None], ("time",)),
+    "weekday": (lambda b, x, z: x + b * (jnp.arange(x.shape[0]) % 7)[:, None], ("time",)),
+    "size": (lambda b, x, z: b * x / x.shape[0], ("time",)),
+    "rank": (lambda b, x, z: b * jnp.argsort(jnp.argsort(x, 1), 1), ("lat",)),
+    "neighbours' difference": (lambda b, x, z: b * jnp.gradient(x, axis=1), ("lat",)),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_a_coupling_is_found_and_its_dims_are_named(name):
+    location, dims = COUPLED[name]
+    expected = ("time",) if dims == 1 else dims
+    assert verdict(normal(location)) == expected
+    other = [d for d in DIMS if d not in expected]
+    if other:
+        # Along the other dim the blocks may be cut.
+        assert verdict(normal(location), tuple(other)) == ()
+
+
+@pytest.mark.parametrize("x", [np.ones(SHAPE), np.zeros(SHAPE), np.full(SHAPE, 2.9e5)])
+def test_a_coupling_is_found_though_the_data_do_not_show_it(x):
+    ds = DS.assign(x=(DIMS, x))
+    assert verdict(normal(COUPLED["mean along time"][0]), ds=ds) == ("time",)
+
+
+@pytest.mark.parametrize("offset", [0.0, 273.15, 2.9e5])
+def test_a_small_coupling_is_found_far_from_zero(offset):
+    ds = DS.assign(x=DS.x + offset)
+    assert verdict(normal(lambda b, x, z: b * (x - 1e-4 * x.mean(0))), ds=ds) == ("time",)
+
+
+def observing(fn):
+    def of(x, y=None):
+        numpyro.sample("y", fn(slope(), x), obs=y)
+
+    return of
+
+
+def counting(fn):
+    def of(x, n=None):
+        numpyro.sample("n", fn(slope(), x), obs=n)
+
+    return of
+
+
+CONTINUOUS = {
+    "Normal": lambda b, x: dist.Normal(b * x, 1.0),
+    "StudentT": lambda b, x: dist.StudentT(4.0, b * x, 1.0),
+    "Cauchy": lambda b, x: dist.Cauchy(b * x, 1.0),
+    "Gamma": lambda b, x: dist.Gamma(2.0, jnp.exp(b * x)),
+    "LogNormal": lambda b, x: dist.LogNormal(b * x, 1.0),
+    "Weibull": lambda b, x: dist.Weibull(jnp.exp(b * x), 2.0),
+    "Beta": lambda b, x: dist.Beta(jnp.exp(b * x), 2.0),
+    "Uniform": lambda b, x: dist.Uniform(b * x - 9, b * x + 9),
+    "VonMises": lambda b, x: dist.VonMises(b * x, 2.0),
+    "TruncatedNormal": lambda b, x: dist.TruncatedNormal(b * x, 1.0, low=0.0),
+    "LeftCensored": lambda b, x: dist.LeftCensoredDistribution(dist.Normal(b * x, 1.0), x > 0),
+    "Delta": lambda b, x: dist.Delta(b * x),
+    "mixture": lambda b, x: dist.MixtureSameFamily(
+        dist.Categorical(jnp.array([0.3, 0.7])), dist.Normal(jnp.stack([x, b * x], -1), 1.0)
+    ),
+}
+DISCRETE = {
+    "Poisson": lambda b, x: dist.Poisson(jnp.exp(b * x)),
+    "NegativeBinomial": lambda b, x: dist.NegativeBinomial2(jnp.exp(b * x), 2.0),
+    "Bernoulli": lambda b, x: dist.Bernoulli(logits=b * x),
+    "Binomial": lambda b, x: dist.Binomial(9, logits=b * x),
+    "Categorical": lambda b, x: dist.Categorical(logits=jnp.stack([x, b * x, 0 * x], -1)),
+    "OrderedLogistic": lambda b, x: dist.OrderedLogistic(b * x, jnp.array([-1.0, 0.0, 1.0])),
+    "ZeroInflated": lambda b, x: dist.ZeroInflatedPoisson(0.3, jnp.exp(b * x)),
+}
+
+
+@pytest.mark.parametrize("name", [*CONTINUOUS, *DISCRETE])
+def test_a_coupling_is_found_in_every_family_and_none_where_there_is_none(name):
+    make, fn = (observing, CONTINUOUS[name]) if name in CONTINUOUS else (counting, DISCRETE[name])
+    assert verdict(make(fn)) == ()
+    assert verdict(make(lambda b, x: fn(b, x - x.mean(0))), ("time",)) == ("time",)
+
+
+def test_what_does_not_move_the_density_is_no_coupling():
+    # Logits are the same but for a constant, and that constant is of all cells.
+    shifted = counting(lambda b, x: dist.Categorical(logits=jnp.stack([x, b * x], -1) - x.max()))
+    assert verdict(shifted) == ()
+
+
+def local(x, y=None, total=0.0):
+    tau = numpyro.sample("tau", dist.HalfNormal(1))
+    with xr_aimz.plate("lat"):
+        level = numpyro.sample("level", dist.Normal(0, tau))
+    with xr_aimz.plate("time"), xr_aimz.plate("lat"):
+        numpyro.sample("y", dist.Normal(level - total * level.mean() + x, 1.0), obs=y)
+
+
+LEVELS = {"tau": np.ones((1, 3)), "level": np.ones((1, 3, 6))}
+
+
+def test_a_coupling_through_a_local_latent_is_found():
+    assert verdict(local, posterior=LEVELS) == ()
+    assert verdict(local, posterior=LEVELS, variables={"total": 1.0}) == ("lat",)
+
+
+def test_a_scan_couples_its_own_dim_alone():
+    def steps(x, y=None, total=0.0):
+        b = slope()
+
+        def step(level, now):
+            level = 0.5 * level + b * now[0] - total * now[0].mean()
+            numpyro.sample("y", dist.Normal(level, 1.0), obs=now[1])
+            return level, None
+
+        scan(step, jnp.zeros(x.shape[1]), (x, y), length=x.shape[0])
+
+    assert verdict(steps, ("lat",), core_dim="time") == ()
+    assert verdict(steps, ("lat",), variables={"total": 0.1}) == ("lat",)
+
+
+def regression(X, y=None, centred=False):
+    w = numpyro.sample("w", dist.Normal(0, 1).expand([X.shape[1]]).to_event(1))
+    X = X - X.mean(0) if centred else X
+    with numpyro.plate("data", X.shape[0]):
+        numpyro.sample("y", dist.Normal(X @ w, 1.0), obs=y)
+
+
+def test_a_table_is_judged_dim_by_dim():
+    columns = {"X": ["x", "z"]}
+    posterior = {"w": np.ones((1, 3, 2))}
+    kept = {"posterior": posterior, "layout": "table"}
+    assert verdict(regression, variables=columns, **kept) == ()
+    assert verdict(regression, variables={**columns, "centred": True}, **kept) == DIMS
+
+
+def test_an_event_across_the_dim_is_a_coupling_unless_its_parts_are_independent():
+    def process(z, y=None):
+        slope()
+        covariance = jnp.exp(-jnp.square(z[:, None] - z)) + 1e-3 * jnp.eye(z.size)
+        numpyro.sample("y", dist.MultivariateNormal(jnp.zeros(z.size), covariance), obs=y)
+
+    def parts(z, y=None):
+        numpyro.sample("y", dist.Normal(slope() * z, 1.0).to_event(1), obs=y)
+
+    ds = DS.isel(lat=0)
+    assert verdict(process, ("time",), ds=ds, dim="time") == ("time",)
+    assert verdict(parts, ("time",), ds=ds, dim="time") == ()
+
+
+def sums(X, y=None):
+    w = numpyro.sample("w", dist.Normal(0, 1).expand([500]).to_event(1))
+    numpyro.sample("y", dist.Normal(X @ w, 0.01), obs=y)
+
+
+def sums_in_32_bits(X, y=None):
+    sums(X.astype(jnp.float32), y)
+
+
+def only_in_32_bits(x, y=None):
+    # A carry of 32 bits is refused where the numbers that meet it have 64.
+    level, _ = jax.lax.scan(
+        lambda c, _: (c + x, None), jnp.zeros(x.shape, jnp.float32), None, length=20
+    )
+    numpyro.sample("y", dist.Normal(slope() * level, 0.1), obs=y)
+
+
+def cancelling(x, y=None):
+    numpyro.sample("y", dist.Normal(slope() * (jnp.sqrt(x * x + 1) - 2.9e5), 1e-3), obs=y)
+
+
+@pytest.mark.parametrize("of", [sums, sums_in_32_bits, only_in_32_bits, cancelling])
+def test_rounding_is_no_coupling(of):
+    w = {"w": np.random.default_rng(1).normal(size=(1, 3, 500))}
+    if of in (sums, sums_in_32_bits):
+        assert verdict(of, posterior=w, variables={"X": "wide"}) == ()
+    else:
+        assert verdict(of, ds=DS.assign(x=DS.x + 2.9e5)) == ()
+
+
+def test_a_model_of_32_bits_is_judged_in_those():
+    def of(x, y=None):
+        only_in_32_bits(x - 0.1 * x.mean(0), y)
+
+    assert verdict(of) == ("time",)
+
+
+def test_noise_drawn_by_hand_is_a_coupling():
+    """Every block would have the same noise."""
+
+    def of(x, y=None):
+        noise = jax.random.normal(numpyro.prng_key(), x.shape)
+        numpyro.sample("y", dist.Normal(slope() * x + noise, 1.0), obs=y)
+
+    assert verdict(of, ("time",)) == ("time",)
+
+
+def test_sizes_written_into_a_model_leave_it_unjudged_where_they_matter():
+    def of(x, y=None):
+        b = slope()
+        with numpyro.plate("lat", 6, dim=-1):
+            numpyro.sample("y", dist.Normal(b * x * jnp.ones(6), 1.0), obs=y)
+
+    assert verdict(of, ("time",)) == ()
+    assert verdict(of, ("lat",)) is None
+    fit = DS.aimz.from_posterior(of, ONES)
+    with pytest.raises(Exception, match=r"broadcast|shape"):
+        DS.chunk(lat=2).aimz.predict(fit)
+
+
+def test_a_deterministic_is_judged_by_its_value():
+    def of(x, y=None):
+        b = slope()
+        numpyro.deterministic("anomaly", x - x.mean(0))
+        numpyro.deterministic("square", b**2)
+        numpyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+    fit = DS.aimz.from_posterior(of, ONES)
+    cut = DS.chunk(time=10)
+    with pytest.raises(ModelError, match=r"along 'time'.*anomaly"):
+        cut.aimz.predict(fit)
+    # What is not asked for does no harm.
+    assert cut.aimz.predict(fit, sites=["y", "square"]).y.shape == (1, 3, *SHAPE)
+    assert DS.chunk(lat=2).aimz.predict(fit).anomaly.shape == (1, 3, *SHAPE)
+
+
+def test_what_a_site_is_drawn_from_is_judged_with_it():
+    def chain(x, y=None, n=None, reach=1.0):
+        middle = numpyro.sample("middle", dist.Normal(slope() * (x - x.mean(0)), 1.0), obs=y)
+        numpyro.sample("end", dist.Poisson(jnp.exp(reach * middle)), obs=n)
+
+    cut = DS.chunk(time=10)
+    fit = DS.aimz.from_posterior(chain, ONES)
+    with pytest.raises(ModelError, match="along 'time'"):
+        cut.aimz.predict(fit, sites="end")
+    # Where nothing comes from it, a coupled site that is not asked for does no harm.
+    fit = DS.aimz.from_posterior(chain, ONES, {"reach": 0.0})
+    assert cut.aimz.predict(fit, sites="end").n.shape == (1, 3, *SHAPE)
+
+
+def test_a_refusal_says_what_to_do_and_a_whole_dim_is_none():
+    of = normal(COUPLED["mean along time"][0])
+    fit = DS.aimz.from_posterior(of, ONES)
+    with pytest.raises(ModelError, match=r"along 'time'.*core_dim='time'.*beforehand"):
+        DS.chunk(time=10).aimz.predict(fit)
+    with pytest.raises(ModelError, match="along 'time'"):
+        DS.chunk(time=10).aimz.log_likelihood(fit)
+    with pytest.raises(ModelError, match="along 'time'"), xr_aimz.set_options(block_bytes=64):
+        DS.aimz.predict(fit, summary="mean")
+    whole = DS.chunk(lat=2).aimz.predict(fit).y.mean(("chain", "draw"))
+    assert whole.shape == SHAPE
+    kept = DS.aimz.from_posterior(of, ONES, core_dim="time")
+    with xr_aimz.set_options(block_bytes=2**12):
+        assert DS.aimz.predict(kept).y.chunksizes["time"] == (40,)
+
+
+def test_nothing_lazy_is_computed():
+    def refuse(block):
+        raise AssertionError("computed")
+
+    lazy = DS[["x", "z"]].chunk(time=10)
+    lazy["x"] = lazy.x.copy(data=lazy.x.data.map_blocks(refuse, dtype=float, meta=np.empty(0)))
+    for name, raises in (("mean along time", True), ("plain", False)):
+        location = COUPLED[name][0] if raises else lambda b, x, z: b * x
+        fit = DS.aimz.from_posterior(normal(location), ONES)
+        if raises:
+            with pytest.raises(ModelError, match="along 'time'"):
+                lazy.aimz.predict(fit)
+        else:
+            assert lazy.aimz.predict(fit).y.shape == (1, 3, *SHAPE)
+
+
+def test_a_program_is_judged_once(monkeypatch):
+    fit = DS.aimz.from_posterior(normal(lambda b, x, z: b * x + 17 * z), ONES)
+    DS.chunk(time=10).aimz.predict(fit)
+    compiled = []
+    monkeypatch.setattr(guard, "coupled", lambda *args: compiled.append(args))
+    DS.chunk(time=10).aimz.predict(fit)
+    assert not compiled
+
+
+def test_sites_without_draws_get_values_of_their_support():
+    """Before there is a posterior: what a fit in batches has to know."""
+
+    def of(x, y=None, pooled=0.0):
+        shares = numpyro.sample("shares", dist.Dirichlet(jnp.ones(3)))
+        with xr_aimz.plate("time"):
+            scale = numpyro.sample("scale", dist.LogNormal(0, 1))
+        with xr_aimz.plate("time"), xr_aimz.plate("lat"):
+            sd = scale + pooled * scale.mean()
+            numpyro.sample("y", dist.Normal(shares[0] * x, sd), obs=y)
+
+    posterior = {"shares": np.full((1, 3, 3), 1 / 3), "scale": np.ones((1, 3, 40))}
+    for pooled, expected in ((0.0, ()), (0.5, ("time",))):
+        fit = DS.aimz.from_posterior(of, posterior, {"pooled": pooled})
+        inputs = gather(fit.binding, DS, outcomes=True)
+        sites = ("scale", "y")
+        program = Program(fit.model, fit.binding, fit.sites, inputs.dims, sites)
+        assert guard.coupled(program, inputs, {}, {}, ("time",)) == expected

@@ -1,0 +1,198 @@
+"""A probe: a small Dataset of a model's own kind, as plain arrays, and its halves.
+
+Its values are like the real ones, where those are in memory: entries of theirs, moved a
+little, so that what happens to be constant or zero does not hide what a model does with it.
+Nothing lazy is computed: such inputs get the values that the fit saw, or any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from xr_aimz.axes import dims_in_dataset, shape_in_dataset, shape_in_model
+from xr_aimz.inputs import Inputs
+from xr_aimz.kernel import Program
+from xr_aimz.model import Site
+
+__all__ = ["Probe", "probe_shapes", "probes"]
+
+# Half of a probe's length, the first that is not too much: a lag must fit into a probe, and its
+# halves be no period by which a model may count positions (7, 12, 24, 365).
+_HALVES = (401, 61, 13)
+_MOST = 2**17
+# Cells along the dims that stay whole: as many as there are, up to this.
+_MOST_WHOLE = 4096
+Named = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
+Places = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Values for a small Dataset.
+
+    Parameters
+    ----------
+    sizes : mapping of dim to int
+    arrays, latents, noise : mapping of name to (dims, array)
+        Of the inputs; of one draw of the sites that are known; of as many normal numbers as
+        the other sites have values.
+    """
+
+    sizes: Mapping[str, int]
+    arrays: Named
+    latents: Named
+    noise: Named
+
+    def part(self, halves: Mapping[str, int]) -> Probe:
+        """The first or second half (0, 1) along each of some dims."""
+
+        def cut(named: Named) -> Named:
+            return {n: (dims, a[self.index(dims, halves)]) for n, (dims, a) in named.items()}
+
+        sizes = {**self.sizes, **{d: self.sizes[d] // 2 for d in halves}}
+        return Probe(sizes, cut(self.arrays), cut(self.latents), cut(self.noise))
+
+    def index(self, dims: Iterable[str], halves: Mapping[str, int]) -> tuple[slice, ...]:
+        """Where a half along some dims lies in an array of the probe's."""
+        lengths = [(self.sizes[d] // 2, halves[d]) if d in halves else None for d in dims]
+        return tuple(
+            slice(None) if n is None else slice(n[0] * n[1], n[0] * (n[1] + 1)) for n in lengths
+        )
+
+    @property
+    def values(self) -> tuple[dict[str, np.ndarray], ...]:
+        """The arrays, latents and noise without their dims."""
+        kinds = (self.arrays, self.latents, self.noise)
+        return tuple({n: a for n, (_, a) in named.items()} for named in kinds)
+
+
+def probe_shapes(
+    program: Program, inputs: Inputs, dims: tuple[str, ...]
+) -> Iterator[dict[str, int]]:
+    """Sizes to try, with ``dims`` to be halved; the others whole, unless they are very long."""
+    for length in _HALVES:
+        sizes = {**inputs.sizes, **dict.fromkeys(dims, 2 * length)}
+        short, left = dict(sizes), _MOST_WHOLE
+        for d in (d for d in program.binding.dims if d not in dims):
+            short[d] = min(sizes[d], left)
+            left = max(left // short[d], 1)
+        if length == _HALVES[-1] or _weight(program, inputs, short) <= _MOST:
+            yield short
+            if short != sizes and _weight(program, inputs, sizes) <= 8 * _MOST:
+                yield sizes
+            return
+
+
+def _weight(program: Program, inputs: Inputs, sizes: Mapping[str, int]) -> int:
+    """The values of the largest array."""
+    every = [
+        program.binding.dims,
+        *inputs.dims.values(),
+        *(s.dims for s in program.sites.values()),
+    ]
+    return max(prod(sizes.get(str(d), 1) for d in dims) for dims in every)
+
+
+def probes(
+    program: Program,
+    inputs: Inputs,
+    latents: Mapping[str, xr.DataArray],
+    seen: Mapping[str, xr.DataArray],
+    sizes: Mapping[str, int],
+) -> tuple[Probe, ...]:
+    """Probes of those sizes: real values moved a little, real ones, any within (0, 1).
+
+    Parameters
+    ----------
+    program : Program
+    inputs : Inputs
+    latents : mapping of site to DataArray ``(chain, draw, ...)``
+    seen : mapping of variable to DataArray
+        Values for the inputs that are lazy.
+    sizes : mapping of dim to int
+        One of :func:`probe_shapes`.
+    """
+    rng = np.random.default_rng(0)
+    places = {d: _places(inputs.sizes[d], sizes[d], rng) for d in program.binding.dims}
+    names = {s.key: s.name for a in program.binding.arguments for s in a.sources}
+    arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    for key, array in inputs.arrays.items():
+        real = array if array.chunks is None else seen.get(names.get(key, key))
+        arrays[key] = _input(array, real, places, rng)
+    known = {
+        name: _picked(_one_draw(array, rng), places)
+        for name, array in latents.items()
+        if array.chunks is None
+    }
+    others = [s for n, s in program.sites.items() if s.kind != "param" and n not in known]
+    noise = {s.name: _noise(s, program, sizes, rng) for s in others if s.kind != "deterministic"}
+    moved = Probe(sizes, _each(_moved, arrays, rng), _each(_moved, known, rng), noise)
+    free = Probe(sizes, _each(_free, arrays, rng), known, noise)
+    return moved, Probe(sizes, arrays, known, noise), free
+
+
+def _places(there: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
+    """Where to take a probe's entries from: in order, or, where they repeat, in none."""
+    return np.arange(wanted) if wanted <= there else rng.permutation(wanted) % there
+
+
+def _input(
+    array: xr.DataArray, real: xr.DataArray | None, places: Places, rng: np.random.Generator
+) -> tuple[tuple[str, ...], np.ndarray]:
+    dims = tuple(map(str, array.dims))
+    if real is not None and real.chunks is None and set(real.dims) == set(dims):
+        return _picked(real.transpose(*dims), places)
+    shape = tuple(len(places[d]) if d in places else array.sizes[d] for d in dims)
+    if array.dtype.kind == "f":
+        return dims, rng.normal(size=shape)
+    return dims, rng.integers(0, 2, shape).astype(array.dtype)
+
+
+def _picked(array: xr.DataArray, places: Places) -> tuple[tuple[str, ...], np.ndarray]:
+    dims = tuple(map(str, array.dims))
+    # The sizes of what the fit saw may be others.
+    here = {d: places[d] % n for d, n in zip(dims, array.shape, strict=True) if d in places}
+    values = array.isel(here).values
+    # In 64 bits where the probe runs in those; JAX makes of it what it can.
+    return tuple(map(str, array.dims)), values.astype(
+        float
+    ) if values.dtype.kind == "f" else values
+
+
+def _one_draw(array: xr.DataArray, rng: np.random.Generator) -> xr.DataArray:
+    at = {d: int(rng.integers(array.sizes[d])) for d in ("chain", "draw") if d in array.dims}
+    return array.isel(at)
+
+
+def _noise(
+    site: Site, program: Program, sizes: Mapping[str, int], rng: np.random.Generator
+) -> tuple[tuple[str, ...], np.ndarray]:
+    shape = shape_in_model(site, program.binding, sizes)
+    shape = shape_in_dataset(site.dims, program.binding, sizes, shape)
+    return dims_in_dataset(site, program.binding), rng.normal(size=shape)
+
+
+def _each(change: Callable[[np.ndarray, Any], np.ndarray], named: Named, rng: Any) -> Named:
+    return {n: (dims, change(a, rng)) for n, (dims, a) in named.items()}
+
+
+def _moved(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Floats by a tenth: of themselves where all are positive, else of their spread."""
+    if values.dtype.kind != "f" or not values.size:
+        return values
+    finite = np.isfinite(values)
+    noise = 0.1 * rng.normal(size=values.shape)
+    if (values[finite] > 0).all():
+        return np.where(finite, values * np.exp(noise), np.exp(noise))
+    scale = values[finite].std() or np.abs(values[finite]).max() or 1.0
+    return np.where(finite, values, 0.0) + scale * noise
+
+
+def _free(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return rng.uniform(0.05, 0.95, values.shape) if values.dtype.kind == "f" else values
