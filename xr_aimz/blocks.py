@@ -28,6 +28,7 @@ from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Call, Program
 from xr_aimz.keys import site_keys
 from xr_aimz.labels import label_words
+from xr_aimz.missing import check_whole
 from xr_aimz.plan import Plan
 
 __all__ = ["Task", "lazy_sites"]
@@ -236,6 +237,7 @@ def _run_block(task: Task, *blocks: np.ndarray) -> dict[str, np.ndarray]:
             "params": task.params,
         },
     )
+    check_whole(binding, task.program.sites, parts["array"], outputs)
     return {
         site: _cut(value, dims_in_dataset(task.program.sites[site], binding), lengths, shape)
         for site, value in outputs.items()

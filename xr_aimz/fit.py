@@ -21,13 +21,16 @@ from xr_aimz.axes import dims_in_dataset
 from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.bound import Bound, bind
 from xr_aimz.device import run, to_device_dtype, traced
-from xr_aimz.errors import BindingError, ConvergenceWarning
+from xr_aimz.errors import ConvergenceWarning
 from xr_aimz.infer.methods import inference
 from xr_aimz.infer.problem import Draws, Problem
+from xr_aimz.infer.retarget import on_model
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Program, predictive
 from xr_aimz.labelling import label
 from xr_aimz.labels import label_words
+from xr_aimz.memory import check_fits
+from xr_aimz.missing import prepare
 from xr_aimz.model import Site
 from xr_aimz.options import shows_progress
 from xr_aimz.posterior import Fit
@@ -129,10 +132,15 @@ def fit(
     asked = {name: value for name, value in given.items() if value is not None}
     infer = inference(model, method, asked, seed, shows_progress(progress))
     bound = bind(ds, model, variables, dim=dim, core_dim=core_dim, layout=layout)
+    check_fits(bound.binding, bound.inputs.arrays)
     arrays = _load(bound.binding, bound.inputs)
     block = block_of(bound.binding, bound.inputs.sizes)
     arguments = arrange(bound.binding, arrays, bound.inputs.dims, block)
-    drawn = infer(Problem(model, arguments, block, bound.sites))
+    fitted_model = prepare(model, bound.binding, bound.sites, arguments, block)
+    if fitted_model is not model:
+        method = on_model(method, model, fitted_model)
+        infer = inference(fitted_model, method, asked, seed, shows_progress(progress))
+    drawn = infer(Problem(fitted_model, arguments, block, bound.sites))
     fitted = _labelled(bound, drawn, arrays)
     found = diagnostics.concerns(fitted.posterior, fitted.sample_stats, fitted.losses)
     _warn(tuple(found))
@@ -146,13 +154,7 @@ def _load(binding: Binding, inputs: Inputs) -> dict[str, jax.Array]:
     names = {s.key: s.name for a in binding.arguments for s in a.sources}
     arrays = {}
     for key, number in zip(inputs.arrays, numbered, strict=True):
-        values = to_device_dtype(names[key], loaded[number].values)
-        if values.dtype.kind == "f" and (count := int(np.isnan(values).sum())):
-            raise BindingError(
-                f"variable {names[key]!r} has {count} missing values (NaN) of {values.size}; "
-                "every density would be NaN. Drop or fill them: ds.dropna(...), ds.fillna(...)"
-            )
-        arrays[key] = jnp.asarray(values)
+        arrays[key] = jnp.asarray(to_device_dtype(names[key], loaded[number].values))
     return arrays
 
 
