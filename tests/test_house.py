@@ -38,6 +38,7 @@ ROOMS = (
     "infer.coverage",
     "infer.mcmc",
     "infer.svi",
+    "infer.stein",
     "infer.methods",
     "infer.retarget",
     "fit",

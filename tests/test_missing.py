@@ -12,11 +12,14 @@ import numpyro.distributions as dist
 import optax
 import pytest
 import xarray as xr
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import HMC, MCMC, NUTS, SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 from numpyro.infer.util import log_density
+from strategies import DIMS, cases
 
 import xr_aimz
 from xr_aimz.binding import arrange, block_of
@@ -215,6 +218,45 @@ def test_the_wrapped_model_can_be_mapped_over_cells(ds):
     each = terms(ds, line, {"slope": 0.4})
     kept = np.where(np.isnan(gappy.y), 0, each["y"]).sum(0) + float(each["slope"])
     np.testing.assert_allclose(totals, kept, rtol=2e-6)
+
+
+# Law 11, on generated Datasets.
+
+
+@given(st.data())
+def test_a_missing_value_changes_nothing_but_its_own_cell(data):
+    case = data.draw(cases())
+    floats = {n: case.ds[n].astype(float) for n in ("n", "hit")}
+    ds = case.ds.assign(floats)
+    names = [*case.outcomes] + ["x"] * (ds.x.dtype.kind == "f")
+    name = data.draw(st.sampled_from(names))
+    shape = [ds.sizes[d] for d in ds[name].dims if d in DIMS]
+    assume(np.prod(shape) > 1)
+    cell = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    options = {"variables": case.variables, "layout": case.layout}
+
+    bound, _, passed, block = problem(ds, case.model, **options)
+    latents = {n: jnp.reshape(v[0, 0], bound.sites[n].shape) for n, v in case.posterior.items()}
+    with tracing(block):
+        sites = handlers.trace(handlers.substitute(case.model, data=latents)).get_trace(**passed)
+    terms = {n: m["fn"].log_prob(m["value"]) for n, m in sites.items() if m["type"] == "sample"}
+
+    gappy = at(ds, name, cell)
+    _, without, holed, block = problem(gappy, case.model, **options)
+    found, gradient = density(without, holed, block, latents)
+    expected = 0.0
+    for site, term in terms.items():
+        gone = np.zeros(1, bool)
+        for argument in bound.sites[site].seen | bound.sites[site].reads:
+            if any(s.name == name for s in bound.binding.argument(argument).sources):
+                rank = 1 if case.layout == "table" else len(shape)
+                gone = np.isnan(holed[argument])
+                gone = gone.any(tuple(range(rank, gone.ndim)))
+                assert gone.sum() == 1
+        expected += float(np.sum(np.where(gone, 0, term)))
+    # The terms are of order 1 to 100, and there are some hundred at most.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+    assert all(np.isfinite(g).all() for g in gradient.values())
 
 
 # What a gap would touch besides its own cell is an error.

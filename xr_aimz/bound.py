@@ -177,11 +177,11 @@ def _traced(model: Callable, binding: Binding, inputs: Inputs) -> tuple[Bound, s
     through = observed_through(model, arranged, structs, block) if structs else {}
     reads = read_by(model, arranged, structs, block) if structs else {}
     owner = {s.key: a.name for a in binding.arguments for s in a.sources}
-    for name in sites:
+    for name, site in sites.items():
         read, seen = (
             frozenset(owner[key] for key in found.get(name, ())) for found in (reads, through)
         )
-        sites[name] = replace(sites[name], reads=read - seen, seen=seen)
+        sites[name] = replace(site, reads=read - seen, seen=seen)
     reached: set[str] = set()
     for name, sources in through.items():
         names = {owner[source] for source in sources}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -58,6 +59,11 @@ def fit(
 ) -> Fit:
     """Fit a NumPyro model to a Dataset: its arguments are the Dataset's own variables.
 
+    Missing values (NaN) are left out cell by cell: a cell whose outcome is missing, or an
+    input of it, has no part in the likelihood. An outcome of several entries a cell goes as
+    a whole. A latent site of which all cells are missing has its prior. Constants are passed
+    as they are, NaN included.
+
     Parameters
     ----------
     ds : Dataset
@@ -79,15 +85,16 @@ def fit(
         flattens the observation dims to one leading axis.
     method : optional
         ``"nuts"`` (default), ``"svi"``, or NumPyro's own: a kernel such as
-        ``NUTS(model, target_accept_prob=0.95)``, an ``MCMC``, an ``SVI``, an autoguide
-        class or instance.
+        ``NUTS(model, target_accept_prob=0.95)``, an ``MCMC``, an ``SVI``, a ``SteinVI``, an
+        autoguide class or instance. With missing values a copy of such an object is run, for
+        a model that leaves them out; a guide written by hand is handed them as they are.
     draws : int, default 1000
         Draws a chain (MCMC), or of the guide (SVI), which come as one chain.
     chains, warmup : int, default 4 and 1000
         For MCMC. Chains run in parallel over devices where there are enough, else
-        vectorized on one.
+        vectorized on one; those of kernels that cannot, in turn.
     steps : int, default 10000
-        For SVI.
+        For SVI and SteinVI.
     optimizer : optional
         For SVI: an optimizer of NumPyro or optax, or a learning rate for Adam (0.05), which
         shrinks to a thousandth over the last three tenths of the steps.
@@ -111,6 +118,11 @@ def fit(
     ------
     BindingError, MissingVariableError, DimensionError, DtypeError, LabelError, ModelError
         Before anything is loaded.
+    MemoryLimitError
+        Three copies of what would be loaded do not fit in memory.
+    MissingValueError
+        A missing value would touch more than its own cell: the model takes a mean or a lag of
+        the variable, or makes a prior of it. Found by exchanging what stands in for it.
     OptionError
         An option that the method does not take.
 
@@ -158,7 +170,7 @@ def _load(binding: Binding, inputs: Inputs) -> dict[str, jax.Array]:
     return arrays
 
 
-def _labelled(bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array]) -> Fit:
+def _labelled(bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array], first: int = 0) -> Fit:
     """The draws with their labels, and the deterministics that belong with them."""
     values = dict(drawn.samples)
     wanted = [
@@ -168,9 +180,32 @@ def _labelled(bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array]) -> Fi
     ]
     if wanted:
         values |= _deterministics(bound, drawn, arrays, tuple(wanted))
-    chain, draw = (np.arange(n) for n in drawn.shape)
+    chain, draw = np.arange(drawn.shape[0]), first + np.arange(drawn.shape[1])
     posterior = label(values, bound.sites, bound.binding, bound.inputs, chain, draw)
-    return assemble(bound, posterior, drawn)
+    fitted = assemble(bound, posterior, drawn)
+    if drawn.more is None:
+        return fitted
+    return replace(fitted, more=partial(_further, bound, drawn, arrays, first + drawn.shape[1]))
+
+
+def _further(
+    bound: Bound,
+    drawn: Draws,
+    arrays: Mapping[str, jax.Array],
+    first: int,
+    draws: int,
+    seed: int,
+) -> Fit:
+    """Further draws, numbered from ``first`` on."""
+    assert drawn.more is not None
+    # With the number: the same seed twice in a row must not give the same draws twice.
+    own = int(np.random.SeedSequence([seed % 2**64, first]).generate_state(1)[0])
+    found = drawn.more(draws, own)
+    if not isinstance(found, Draws):
+        found = replace(drawn, samples=found, shape=(drawn.shape[0], draws), stats={})
+    fitted = _labelled(bound, found, arrays, first)
+    seen = diagnostics.concerns(fitted.posterior, fitted.sample_stats, fitted.losses)
+    return replace(fitted, concerns=tuple(seen))
 
 
 def _spans(site: Site, binding: Binding) -> bool:

@@ -88,7 +88,7 @@ def _masked(model: Callable, shape: _Shape, row: Row) -> Callable:
     return without_gaps
 
 
-class _Masking(Messenger):
+class _Masking(Messenger):  # type: ignore[misc] # NumPyro's is untyped
     """Masks the distributions of observed sites."""
 
     def __init__(self, mask: Callable[[Mapping[str, Any]], jax.Array | None]) -> None:
@@ -197,8 +197,8 @@ def _mask(
     if not own:
         return None
     lead = value.shape[: value.ndim - event]
-    gap = gaps.get(own[0], np.zeros((1,) * value.ndim, bool))
-    gap = gap.any(tuple(range(len(lead), value.ndim)))
+    whole: Any = np.zeros((1,) * value.ndim, bool)
+    gap = gaps.get(own[0], whole).any(tuple(range(len(lead), value.ndim)))
     return jnp.broadcast_to(~(gap | shape.inputs(site, gaps, lead)), lead)
 
 

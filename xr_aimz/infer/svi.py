@@ -83,6 +83,11 @@ def run(
         state, losses = _optimize(svi, state, arrays, rest, steps, progress)
         params = svi.get_params(state)
         samples = _sample_guide(svi, problem, params, sample, draws)
+
+    def more(draws: int, seed: int) -> dict[str, np.ndarray]:
+        with tracing(problem.block):
+            return _sample_guide(svi, problem, params, jax.random.key(seed), draws)
+
     names = {*problem.named("param")}
     kept = {name: value for name, value in params.items() if name in names}
     if state.mutable_state is not None:
@@ -94,6 +99,7 @@ def run(
         params=jax.tree.map(np.asarray, kept),
         losses=losses,
         full_rate_steps=int(full_rate * steps),
+        more=more,
     )
 
 
