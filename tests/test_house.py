@@ -26,6 +26,7 @@ ROOMS = (
     "inputs",
     "memory",
     "axes",
+    "blanks",
     "missing",
     "kernel",
     "device",

@@ -61,8 +61,9 @@ def ds():
 
 
 def closed_form(ds):
-    precision = float((ds.x**2).sum() / SD**2 + 1)
-    return float((ds.x * ds.y).sum() / SD**2) / precision, precision**-0.5
+    x = ds.x.where(ds.y.notnull())
+    precision = float((x**2).sum() / SD**2 + 1)
+    return float((x * ds.y).sum() / SD**2) / precision, precision**-0.5
 
 
 def fit_quietly(ds, *args, **options):

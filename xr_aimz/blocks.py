@@ -23,12 +23,12 @@ from dask.highlevelgraph import HighLevelGraph
 
 from xr_aimz.axes import dims_in_dataset
 from xr_aimz.binding import block_of
+from xr_aimz.blanks import check_whole
 from xr_aimz.device import run, to_device_dtype
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Call, Program
 from xr_aimz.keys import site_keys
 from xr_aimz.labels import label_words
-from xr_aimz.missing import check_whole
 from xr_aimz.plan import Plan
 
 __all__ = ["Task", "lazy_sites"]

@@ -31,7 +31,7 @@ from xr_aimz.kernel import Program, predictive
 from xr_aimz.labelling import label
 from xr_aimz.labels import label_words
 from xr_aimz.memory import check_fits
-from xr_aimz.missing import prepare
+from xr_aimz.missing import masked, prepare
 from xr_aimz.model import Site
 from xr_aimz.options import shows_progress
 from xr_aimz.posterior import Fit
@@ -150,7 +150,8 @@ def fit(
     arguments = arrange(bound.binding, arrays, bound.inputs.dims, block)
     fitted_model = prepare(model, bound.binding, bound.sites, arguments, block)
     if fitted_model is not model:
-        method = on_model(method, model, fitted_model)
+        wrap = partial(masked, binding=bound.binding, sites=bound.sites)
+        method = on_model(method, model, fitted_model, wrap)
         infer = inference(fitted_model, method, asked, seed, shows_progress(progress))
     drawn = infer(Problem(fitted_model, arguments, block, bound.sites))
     fitted = _labelled(bound, drawn, arrays)

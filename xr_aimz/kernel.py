@@ -21,8 +21,8 @@ from numpyro import handlers
 from xr_aimz import keys
 from xr_aimz.axes import TABLE, shape_in_dataset, shape_in_model
 from xr_aimz.binding import Binding, arrange, block_of
+from xr_aimz.blanks import blank
 from xr_aimz.errors import ModelError
-from xr_aimz.missing import blank
 from xr_aimz.model import Block, Site
 
 __all__ = ["Program", "log_likelihood", "predictive"]

@@ -22,12 +22,12 @@ from numpyro import handlers
 from numpyro.infer import init_to_uniform
 from numpyro.primitives import Messenger
 
-from xr_aimz.axes import TABLE
 from xr_aimz.binding import Argument, Binding
+from xr_aimz.blanks import is_float
 from xr_aimz.errors import MissingValueError, ModelError
 from xr_aimz.model import Block, Site, observed_values, tracing
 
-__all__ = ["blank", "check_whole", "masked", "prepare"]
+__all__ = ["masked", "prepare"]
 
 Row = Callable[[str, jax.Array, jax.Array], jax.Array]
 
@@ -47,7 +47,7 @@ def prepare(
         A gap would touch more than its own cell, or leaves no cell.
     """
     arrays = {a.name: passed[a.name] for a in binding.arguments if a.name in passed}
-    gappy = [name for name, x in arrays.items() if _is_float(x) and bool(jnp.isnan(x).any())]
+    gappy = [name for name, x in arrays.items() if is_float(x) and bool(jnp.isnan(x).any())]
     if not gappy:
         return model
     shape = _Shape(binding, sites)
@@ -128,7 +128,7 @@ class _Shape:
         found = {}
         for argument in self.binding.arguments:
             value = passed.get(argument.name)
-            if value is not None and _is_float(value) and self.observational(argument):
+            if value is not None and is_float(value) and self.observational(argument):
                 ndim = self.row_ndim(argument.name, value.ndim)
                 rows = tuple(range(value.ndim - ndim, value.ndim))
                 found[argument.name] = jnp.isnan(value).any(rows, keepdims=True)
@@ -260,7 +260,7 @@ def _sends_nan(model: Callable, passed: Mapping[str, Any], site: Site) -> Any:
     """Whether a site observes NaN alone where all that it observes is NaN."""
     blank = {n: jnp.full(jnp.shape(passed[n]), jnp.nan) for n in site.seen}
     found = _observed(model, {**passed, **blank}, site.name)
-    return _is_float(found) and jnp.isnan(found).all()
+    return is_float(found) and jnp.isnan(found).all()
 
 
 def _check_reach(
@@ -311,81 +311,3 @@ def _what(binding: Binding, passed: Mapping[str, Any], name: str) -> str:
         f"variable {variables} (argument {name!r}) has {count} missing values (NaN) of "
         f"{passed[name].size}"
     )
-
-
-def _is_float(value: Any) -> bool:
-    return hasattr(value, "dtype") and bool(jnp.issubdtype(value.dtype, jnp.floating))
-
-
-def blank(
-    binding: Binding,
-    site: Site,
-    dims: tuple[str | None, ...],
-    value: jax.Array,
-    passed: Mapping[str, Any],
-) -> jax.Array:
-    """A site's result with NaN in the cells that are made from a missing value; traceable.
-
-    ``passed`` are the model's arguments, ``dims`` name the axes of ``value``. An argument
-    with an observation dimension that the site lacks is left to the model: it knows what
-    it makes of many cells.
-    """
-    if site.kind != "observed" or not _is_float(value):
-        return value
-    value = jnp.reshape(value, (1,) * (len(dims) - value.ndim) + value.shape)
-    for argument in binding.arguments:
-        array = passed.get(argument.name)
-        if argument.name in site.reads | site.seen and array is not None and _is_float(array):
-            gap = _named_gap(binding, argument, array, dims)
-            value = value if gap is None else jnp.where(gap, jnp.nan, value)
-    return value
-
-
-def _named_gap(
-    binding: Binding, argument: Argument, array: jax.Array, dims: tuple[str | None, ...]
-) -> jax.Array | None:
-    """Where an argument is missing, its axes in the order of ``dims``; None if they lack one."""
-    axes: tuple[str, ...] = (TABLE,) if binding.layout == "table" else binding.dims
-    if not any(d in binding.dims for s in argument.sources for d in s.dims):
-        axes = ()
-    extra = [d for d in argument.sources[0].dims if d not in binding.dims]
-    own = not argument.stacked and len(axes) + len(extra) == array.ndim
-    names = (*axes, *(extra if own else [None] * (array.ndim - len(axes))))
-    gap = jnp.isnan(array)
-    if any(n > 1 and d not in dims for d, n in zip(axes, gap.shape, strict=False)):
-        return None
-    gap = gap.any(tuple(i for i, d in enumerate(names) if d is None or d not in dims))
-    kept = [d for d in names if d is not None and d in dims]
-    order = sorted(range(len(kept)), key=lambda i: dims.index(kept[i]))
-    gap = jnp.transpose(gap, order)
-    lengths = dict(zip((kept[i] for i in order), gap.shape, strict=True))
-    return jnp.reshape(gap, tuple(1 if d is None else lengths.get(d, 1) for d in dims))
-
-
-def check_whole(
-    binding: Binding,
-    sites: Mapping[str, Site],
-    arrays: Mapping[str, np.ndarray],
-    results: Mapping[str, np.ndarray],
-) -> None:
-    """Ints and bools have no NaN to say that an input was missing.
-
-    Raises
-    ------
-    MissingValueError
-        An outcome of such a dtype was drawn from inputs with NaN.
-    """
-    for name, value in results.items():
-        site = sites[name]
-        if site.kind != "observed" or value.dtype.kind == "f":
-            continue
-        for argument in (a for a in binding.inputs if a.name in site.reads):
-            for source in argument.sources:
-                array = arrays.get(source.key)
-                if array is not None and array.dtype.kind == "f" and np.isnan(array).any():
-                    raise MissingValueError(
-                        f"variable {source.name!r} (argument {argument.name!r}) has missing "
-                        f"values (NaN), and site {name!r} is drawn as {value.dtype}, which has "
-                        f"none: predict from ds.fillna({{{source.name!r}: 0}}), then mask the "
-                        f"result, .where(ds[{source.name!r}].notnull())"
-                    )

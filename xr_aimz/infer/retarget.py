@@ -23,13 +23,20 @@ from xr_aimz.errors import OptionError
 __all__ = ["on_model"]
 
 
-def on_model(method: Any, model: Callable, other: Callable) -> Any:
-    """``method=`` with ``other`` wherever it holds ``model``; a name or a class as it is."""
-    put = functools.partial(on_model, model=model, other=other)
+Wrap = Callable[[Callable], Callable]
+
+
+def on_model(method: Any, model: Callable, other: Callable, wrap: Wrap) -> Any:
+    """``method=`` with ``other`` wherever it holds ``model``; a name or a class as it is.
+
+    ``other`` is ``wrap(model)``. A kernel that holds other kernels holds models that it made
+    of the one it was given: those are wrapped.
+    """
+    put = functools.partial(on_model, model=model, other=other, wrap=wrap)
     if method is model:
         return other
     if isinstance(method, MCMCKernel):
-        return _kernel(method, model, other)
+        return _kernel(method, model, other, wrap)
     if isinstance(method, MCMC):
         made = copy.copy(method)
         made.sampler = put(method.sampler)
@@ -53,9 +60,9 @@ def on_model(method: Any, model: Callable, other: Callable) -> Any:
     return method
 
 
-def _kernel(kernel: MCMCKernel, model: Callable, other: Callable) -> MCMCKernel:
+def _kernel(kernel: MCMCKernel, model: Callable, other: Callable, wrap: Wrap) -> MCMCKernel:
     try:
-        return kernel.wrap_model(lambda _: other)
+        return kernel.wrap_model(lambda held: other if held is model else wrap(held))
     except NotImplementedError:
         pass
     if getattr(kernel, "_model", None) is not model:
