@@ -506,15 +506,15 @@ def test_draws_that_are_not_there(ds, fit, draws):
 
 
 @pytest.mark.parametrize("name", ["x", "y"])
-def test_missing_values_at_a_fit(ds, name):
-    gappy = ds.assign({name: ds[name].where(ds.time != 2002)})
+def test_missing_values_that_leave_no_cell(ds, name):
+    gappy = ds.assign({name: ds[name].where(ds.time != ds.time)})
     refusal(
         lambda: gappy.aimz.fit(line, progress=False),
-        errors.BindingError,
+        errors.MissingValueError,
         ValueError,
         repr(name),
-        "1 missing",
-        "ds.dropna",
+        "missing values (NaN)",
+        "no cell",
     )
 
 

@@ -23,6 +23,7 @@ from dask.highlevelgraph import HighLevelGraph
 
 from xr_aimz.axes import dims_in_dataset
 from xr_aimz.binding import block_of
+from xr_aimz.blanks import check_whole
 from xr_aimz.device import run, to_device_dtype
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Call, Program
@@ -242,6 +243,7 @@ def _run_block(task: Task, *blocks: np.ndarray) -> dict[str, np.ndarray]:
             "params": task.params,
         },
     )
+    check_whole(binding, task.program.sites, parts["array"], outputs)
     draws = {
         site: _cut(value, dims_in_dataset(task.program.sites[site], binding), lengths, shape)
         for site, value in outputs.items()

@@ -31,7 +31,14 @@ from xr_aimz.device import device_dtype
 from xr_aimz.errors import BindingError, DimensionError, ModelError
 from xr_aimz.inputs import Inputs, gather
 from xr_aimz.labelling import result_name
-from xr_aimz.model import Parameter, Site, observed_through, parameters, trace_sites
+from xr_aimz.model import (
+    Parameter,
+    Site,
+    observed_through,
+    parameters,
+    read_by,
+    trace_sites,
+)
 
 __all__ = ["Bound", "bind"]
 
@@ -168,7 +175,13 @@ def _traced(model: Callable, binding: Binding, inputs: Inputs) -> tuple[Bound, s
     structs = _structs(inputs, inputs.sizes)
     sites = {s.name: s for s in trace_sites(model, arranged, structs, block)}
     through = observed_through(model, arranged, structs, block) if structs else {}
+    reads = read_by(model, arranged, structs, block) if structs else {}
     owner = {s.key: a.name for a in binding.arguments for s in a.sources}
+    for name, site in sites.items():
+        read, seen = (
+            frozenset(owner[key] for key in found.get(name, ())) for found in (reads, through)
+        )
+        sites[name] = replace(site, reads=read - seen, seen=seen)
     reached: set[str] = set()
     for name, sources in through.items():
         names = {owner[source] for source in sources}

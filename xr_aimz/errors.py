@@ -15,6 +15,8 @@ __all__ = [
     "DtypeError",
     "IncompleteStoreError",
     "LabelError",
+    "MemoryLimitError",
+    "MissingValueError",
     "MissingVariableError",
     "ModelError",
     "OptionError",
@@ -36,6 +38,14 @@ class MissingVariableError(AimzError, KeyError):
     def __str__(self) -> str:
         # KeyError shows the repr of its argument, which would quote a whole sentence.
         return str(self.args[0]) if self.args else ""
+
+
+class MissingValueError(AimzError, ValueError):
+    """A missing value (NaN) cannot be left out: fill it, or drop its labels."""
+
+
+class MemoryLimitError(AimzError, MemoryError):
+    """What would be loaded does not fit in memory: take it in batches, or take less."""
 
 
 class BindingError(AimzError, ValueError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,13 +22,16 @@ from xr_aimz.axes import dims_in_dataset
 from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.bound import Bound, bind
 from xr_aimz.device import run, to_device_dtype, traced
-from xr_aimz.errors import BindingError, ConvergenceWarning
+from xr_aimz.errors import ConvergenceWarning
 from xr_aimz.infer.methods import inference
 from xr_aimz.infer.problem import Draws, Problem
+from xr_aimz.infer.retarget import on_model
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Program, predictive
 from xr_aimz.labelling import label
 from xr_aimz.labels import label_words
+from xr_aimz.memory import check_fits
+from xr_aimz.missing import masked, prepare
 from xr_aimz.model import Site
 from xr_aimz.options import shows_progress
 from xr_aimz.posterior import Fit
@@ -55,6 +59,11 @@ def fit(
 ) -> Fit:
     """Fit a NumPyro model to a Dataset: its arguments are the Dataset's own variables.
 
+    Missing values (NaN) are left out cell by cell: a cell whose outcome is missing, or an
+    input of it, has no part in the likelihood. An outcome of several entries a cell goes as
+    a whole. A latent site of which all cells are missing has its prior. Constants are passed
+    as they are, NaN included.
+
     Parameters
     ----------
     ds : Dataset
@@ -76,15 +85,17 @@ def fit(
         flattens the observation dims to one leading axis.
     method : optional
         ``"nuts"`` (default), ``"svi"``, or NumPyro's own: a kernel such as
-        ``NUTS(model, target_accept_prob=0.95)``, an ``MCMC``, an ``SVI``, an autoguide
-        class or instance.
+        ``NUTS(model, target_accept_prob=0.95)``, an ``MCMC``, an ``SVI``, a ``SteinVI``, an
+        autoguide class or instance. With missing values a copy of such an object is run, for
+        a model that leaves them out; a guide written by hand is handed them as they are.
+        ``SteinVI`` and ``ASVGD`` give posteriors that are too narrow; ``SVGD`` does not.
     draws : int, default 1000
         Draws a chain (MCMC), or of the guide (SVI), which come as one chain.
     chains, warmup : int, default 4 and 1000
         For MCMC. Chains run in parallel over devices where there are enough, else
-        vectorized on one.
+        vectorized on one; those of kernels that cannot, in turn.
     steps : int, default 10000
-        For SVI.
+        For SVI and SteinVI.
     optimizer : optional
         For SVI: an optimizer of NumPyro or optax, or a learning rate for Adam (0.05), which
         shrinks to a thousandth over the last three tenths of the steps.
@@ -108,6 +119,11 @@ def fit(
     ------
     BindingError, MissingVariableError, DimensionError, DtypeError, LabelError, ModelError
         Before anything is loaded.
+    MemoryLimitError
+        Three copies of what would be loaded do not fit in memory.
+    MissingValueError
+        A missing value would touch more than its own cell: the model takes a mean or a lag of
+        the variable, or makes a prior of it. Found by exchanging what stands in for it.
     OptionError
         An option that the method does not take.
 
@@ -129,10 +145,16 @@ def fit(
     asked = {name: value for name, value in given.items() if value is not None}
     infer = inference(model, method, asked, seed, shows_progress(progress))
     bound = bind(ds, model, variables, dim=dim, core_dim=core_dim, layout=layout)
+    check_fits(bound.binding, bound.inputs.arrays)
     arrays = _load(bound.binding, bound.inputs)
     block = block_of(bound.binding, bound.inputs.sizes)
     arguments = arrange(bound.binding, arrays, bound.inputs.dims, block)
-    drawn = infer(Problem(model, arguments, block, bound.sites))
+    fitted_model = prepare(model, bound.binding, bound.sites, arguments, block)
+    if fitted_model is not model:
+        wrap = partial(masked, binding=bound.binding, sites=bound.sites)
+        method = on_model(method, model, fitted_model, wrap)
+        infer = inference(fitted_model, method, asked, seed, shows_progress(progress))
+    drawn = infer(Problem(fitted_model, arguments, block, bound.sites))
     fitted = _labelled(bound, drawn, arrays)
     found = diagnostics.concerns(fitted.posterior, fitted.sample_stats, fitted.losses)
     _warn(tuple(found))
@@ -146,17 +168,11 @@ def _load(binding: Binding, inputs: Inputs) -> dict[str, jax.Array]:
     names = {s.key: s.name for a in binding.arguments for s in a.sources}
     arrays = {}
     for key, number in zip(inputs.arrays, numbered, strict=True):
-        values = to_device_dtype(names[key], loaded[number].values)
-        if values.dtype.kind == "f" and (count := int(np.isnan(values).sum())):
-            raise BindingError(
-                f"variable {names[key]!r} has {count} missing values (NaN) of {values.size}; "
-                "every density would be NaN. Drop or fill them: ds.dropna(...), ds.fillna(...)"
-            )
-        arrays[key] = jnp.asarray(values)
+        arrays[key] = jnp.asarray(to_device_dtype(names[key], loaded[number].values))
     return arrays
 
 
-def _labelled(bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array]) -> Fit:
+def _labelled(bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array], first: int = 0) -> Fit:
     """The draws with their labels, and the deterministics that belong with them."""
     values = dict(drawn.samples)
     wanted = [
@@ -166,9 +182,32 @@ def _labelled(bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array]) -> Fi
     ]
     if wanted:
         values |= _deterministics(bound, drawn, arrays, tuple(wanted))
-    chain, draw = (np.arange(n) for n in drawn.shape)
+    chain, draw = np.arange(drawn.shape[0]), first + np.arange(drawn.shape[1])
     posterior = label(values, bound.sites, bound.binding, bound.inputs, chain, draw)
-    return assemble(bound, posterior, drawn)
+    fitted = assemble(bound, posterior, drawn)
+    if drawn.more is None:
+        return fitted
+    return replace(fitted, more=partial(_further, bound, drawn, arrays, first + drawn.shape[1]))
+
+
+def _further(
+    bound: Bound,
+    drawn: Draws,
+    arrays: Mapping[str, jax.Array],
+    first: int,
+    draws: int,
+    seed: int,
+) -> Fit:
+    """Further draws, numbered from ``first`` on."""
+    assert drawn.more is not None
+    # With the number: the same seed twice in a row must not give the same draws twice.
+    own = int(np.random.SeedSequence([seed % 2**64, first]).generate_state(1)[0])
+    found = drawn.more(draws, own)
+    if not isinstance(found, Draws):
+        found = replace(drawn, samples=found, shape=(drawn.shape[0], draws), stats={})
+    fitted = _labelled(bound, found, arrays, first)
+    seen = diagnostics.concerns(fitted.posterior, fitted.sample_stats, fitted.losses)
+    return replace(fitted, concerns=tuple(seen))
 
 
 def _spans(site: Site, binding: Binding) -> bool:

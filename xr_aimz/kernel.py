@@ -23,6 +23,7 @@ from numpyro.primitives import Messenger
 from xr_aimz import keys
 from xr_aimz.axes import TABLE, broadcast_in_model, shape_in_dataset, shape_in_model
 from xr_aimz.binding import Binding, arrange, block_of
+from xr_aimz.blanks import blank
 from xr_aimz.errors import ModelError, RandomnessError
 from xr_aimz.model import Block, Site
 
@@ -122,10 +123,13 @@ def _call(
 
     def call(draw: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, jax.Array]:
         trace = _run(program, block, draw, shared)
+        passed = arrange(program.binding, shared["arrays"], program.dims, block)
         found = {}
         for name in program.returns:
             site = program.sites[name]
-            found[name] = _out(program, site, *read(site, trace[name]), sizes)
+            dims, value = read(site, trace[name])
+            value = blank(program.binding, site, dims, jnp.asarray(value), passed)
+            found[name] = _out(program, site, dims, value, sizes)
         return found
 
     return call

@@ -32,8 +32,10 @@ __all__ = [
     "Plate",
     "Site",
     "observed_through",
+    "observed_values",
     "parameters",
     "plate",
+    "read_by",
     "trace_sites",
     "tracing",
 ]
@@ -79,7 +81,8 @@ class Site:
 
     ``trained`` params have values to optimize. ``dims`` names each axis of the value once
     the axes have been matched with the Dataset (see :mod:`xr_aimz.axes`); ``None`` marks
-    an axis of size 1 that only broadcasts.
+    an axis of size 1 that only broadcasts. ``reads`` are the arguments that its density is
+    made from, ``seen`` those that its observed value is.
     """
 
     name: str
@@ -94,6 +97,8 @@ class Site:
     scanned: bool = False
     trained: bool = False
     dims: tuple[str | None, ...] = field(default=())
+    reads: frozenset[str] = frozenset()
+    seen: frozenset[str] = frozenset()
 
     @property
     def batch_ndim(self) -> int:
@@ -239,6 +244,56 @@ def observed_through(
 
     with tracing(block), _quiet():
         return eval_provenance(observations, **arrays)
+
+
+def read_by(
+    model: Callable,
+    arrange: Callable[[Any], dict[str, Any]],
+    arrays: Mapping[str, Any],
+    block: Block,
+) -> dict[str, frozenset[str]]:
+    """Which of the named arrays the density of each site is made from, latents given."""
+
+    def densities(**inputs: Any) -> dict[str, Any]:
+        seeded = handlers.seed(lambda: model(**arrange(inputs)), jax.random.key(0))
+        sites = handlers.trace(_unsampled(seeded)).get_trace()
+        return {n: _density(m, inputs) for n, m in sites.items() if m["type"] == "sample"}
+
+    with tracing(block), _quiet():
+        found = eval_provenance(densities, **arrays)
+    return {n: frozenset().union(*jax.tree.leaves(p, is_leaf=_is_set)) for n, p in found.items()}
+
+
+def _density(message: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
+    try:
+        return message["fn"].log_prob(message["value"])
+    except Exception:
+        # A distribution that is only drawn from: it may be made from anything.
+        return [x.ravel()[:1] for x in inputs.values()]
+
+
+def _is_set(found: Any) -> bool:
+    return isinstance(found, frozenset)
+
+
+def observed_values(model: Callable, passed: Mapping[str, Any]) -> dict[str, Any]:
+    """What each site observes, given those arguments; hidden from handlers around it.
+
+    Raises
+    ------
+    ModelError
+        What is observed is a random part of an array (a plate with ``subsample_size``).
+    """
+    with handlers.block(), _quiet():
+        seeded = handlers.seed(lambda: model(**passed), jax.random.key(0))
+        sites = handlers.trace(_unsampled(seeded)).get_trace()
+    for name, message in sites.items():
+        if message["type"] == "plate" and message["args"][1] not in (None, message["args"][0]):
+            raise ModelError(
+                f"plate {name!r} takes a random part of its {message['args'][0]} entries: which "
+                "of them are missing cannot be told. Take the whole plate, or fill them"
+            )
+    return {n: m["value"] for n, m in sites.items() if m["type"] == "sample" and _seen(m)}
 
 
 @contextmanager

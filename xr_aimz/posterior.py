@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ import xarray as xr
 
 from xr_aimz import diagnostics
 from xr_aimz.binding import Binding
+from xr_aimz.errors import OptionError
 from xr_aimz.labelling import result_name
 from xr_aimz.model import Site
 
@@ -53,6 +54,8 @@ class Fit:
     concerns : tuple of str, optional
         What :func:`fit` found to speak against the draws, and warned of. None for draws
         made elsewhere, which may be lazy: nobody has looked.
+    more : callable, optional
+        What :meth:`sample` takes further draws from.
     """
 
     model: Callable
@@ -67,6 +70,7 @@ class Fit:
     observed_data: xr.Dataset
     constant_data: xr.Dataset
     concerns: tuple[str, ...] | None = None
+    more: Callable[[int, int], Fit] | None = field(default=None, repr=False)
 
     @cached_property
     def token(self) -> str:
@@ -80,6 +84,46 @@ class Fit:
         for leaf in leaves:
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()
+
+    def sample(self, draws: int, *, seed: int = 0) -> Fit:
+        """Further draws from the same posterior, as a Fit of their own.
+
+        Chains go on from their last state, without warmup; a guide is drawn from again. No
+        optimization is run, and no data are read.
+
+        Parameters
+        ----------
+        draws : int
+            Draws a chain.
+        seed : int
+            The same seed gives the same draws again. Other draws bear other labels: for still
+            more of them sample from the new Fit.
+
+        Returns
+        -------
+        Fit
+            With the further draws only, eager. Their labels go on from the last of this fit,
+            so predictions from both have noise of their own and can be joined along ``draw``.
+            Its ``concerns`` are those of the further draws; nothing is warned of.
+
+        Raises
+        ------
+        OptionError
+            The draws were made elsewhere, or ``draws`` is no positive int.
+
+        Examples
+        --------
+        >>> more = fit.sample(1000)  # doctest: +SKIP
+        >>> both = xr.concat([fit.posterior, more.posterior], "draw")  # doctest: +SKIP
+        """
+        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+            raise OptionError(f"draws={draws!r}: it must be an int of at least 1")
+        if self.more is None:
+            raise OptionError(
+                f"there is nothing to draw from: this fit holds {self.method}, and neither a "
+                "guide nor chains. Call sample() on what ds.aimz.fit(...) returned"
+            )
+        return self.more(draws, seed)
 
     def diagnostics(self) -> xr.Dataset:
         """R-hat, bulk and tail effective sample size of each variable, and divergences.

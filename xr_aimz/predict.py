@@ -59,6 +59,10 @@ def predict(
 ) -> xr.Dataset:
     """Posterior predictive draws for a Dataset, lazily.
 
+    Gaps in the outcome are filled, for an outcome is never read. A missing input (NaN) makes
+    its cell of the outcome NaN; an outcome of ints or bools has none, and its task raises
+    ``MissingValueError``. Deterministics are what the model makes of NaN.
+
     Parameters
     ----------
     ds : Dataset
@@ -182,7 +186,7 @@ def log_likelihood(ds: xr.Dataset, fit: Fit, *, draws: int | None = None) -> xr.
     -------
     Dataset
         Lazy, dask-backed, dims ``(chain, draw, *observation dims)``: event dims are
-        summed, as NumPyro does. In nats.
+        summed, as NumPyro does. In nats; NaN where the outcome or an input is missing.
 
     Examples
     --------

@@ -6,6 +6,7 @@ and one that spans the data weighs more than the posterior. They are computed af
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -23,14 +24,14 @@ from xr_aimz.model import tracing
 __all__ = ["kernel_for", "run", "sampler_for"]
 
 # NumPyro's names for what ArviZ calls otherwise.
-_FIELDS = (
-    "diverging",
-    "energy",
-    "potential_energy",
-    "accept_prob",
-    "num_steps",
-    "adapt_state.step_size",
-)
+_STATS = {
+    "diverging": "diverging",
+    "energy": "energy",
+    "accept_prob": "acceptance_rate",
+    "num_steps": "n_steps",
+    "adapt_state.step_size": "step_size",
+}
+_FIELDS = (*_STATS, "potential_energy")
 
 
 def kernel_for(model: Callable, init: Any) -> MCMCKernel:
@@ -57,12 +58,20 @@ def sampler_for(
 ) -> MCMC:
     """An ``MCMC`` whose chains run at the same time wherever the backend allows it."""
     hidden = _without_deterministics(kernel)
-    if chains == 1:
+    if kernel.is_ensemble_kernel:
+        if chains % 2:
+            raise OptionError(
+                f"chains={chains!r}: {type(kernel).__name__} moves each half of its chains by the "
+                "other, so their number is even"
+            )
+        chain_method = "vectorized"
+    elif chains == 1:
         chain_method = "sequential"
     elif jax.local_device_count() >= chains:
         chain_method = "parallel"
     else:
-        chain_method = "vectorized"
+        # Of the kernels that are no ensembles only HMC and NUTS take several keys at once.
+        chain_method = "vectorized" if isinstance(kernel, HMC) else "sequential"
     return MCMC(
         hidden,
         num_warmup=warmup,
@@ -89,6 +98,10 @@ def run(problem: Problem, sampler: MCMC, *, seed: int) -> Draws:
         )
     if not problem.named("latent"):
         raise ModelError("the model has no latent sites: there is nothing for MCMC to draw")
+    return _drawn(problem, sampler, seed)
+
+
+def _drawn(problem: Problem, sampler: MCMC, seed: int) -> Draws:
     fields = _FIELDS if isinstance(sampler.sampler, HMC) else ()
     with tracing(problem.block):
         sampler.run(jax.random.key(seed), extra_fields=fields, **problem.arguments)
@@ -103,7 +116,21 @@ def run(problem: Problem, sampler: MCMC, *, seed: int) -> Draws:
         stats=_stats(extra),
         method=f"{type(sampler.sampler).__name__}, {_counted(sampler.num_chains, 'chain')}, "
         f"{_counted(sampler.num_warmup, 'warmup step')}",
+        more=_continuation(problem, sampler),
     )
+
+
+def _continuation(problem: Problem, sampler: MCMC) -> Callable[[int, int], Draws]:
+    # Of this moment: the caller may run an MCMC of their own again.
+    there = copy.copy(sampler)
+    there.post_warmup_state = sampler.last_state
+
+    def more(draws: int, seed: int) -> Draws:
+        further = copy.copy(there)
+        further.num_samples = draws * further.thinning
+        return _drawn(problem, further, seed)
+
+    return more
 
 
 def _counted(count: int, what: str) -> str:
@@ -122,15 +149,11 @@ def _without_deterministics(kernel: MCMCKernel) -> MCMCKernel:
 
 
 def _stats(extra: dict[str, Any]) -> dict[str, np.ndarray]:
-    if not extra:
-        return {}
-    steps = np.asarray(extra["num_steps"])
-    return {
-        "diverging": np.asarray(extra["diverging"]),
-        "energy": np.asarray(extra["energy"]),
-        "lp": -np.asarray(extra["potential_energy"]),
-        "acceptance_rate": np.asarray(extra["accept_prob"]),
-        "n_steps": steps,
-        "tree_depth": np.asarray(jnp.ceil(jnp.log2(steps + 1)), np.int64),
-        "step_size": np.asarray(extra["adapt_state.step_size"]),
-    }
+    """What the kernel keeps of each draw, by ArviZ's names: of HMC all, of others little."""
+    stats = {_STATS[name]: np.asarray(v) for name, v in extra.items() if name in _STATS}
+    if "potential_energy" in extra:
+        stats["lp"] = -np.asarray(extra["potential_energy"])
+    if "num_steps" in extra:
+        steps = np.asarray(extra["num_steps"])
+        stats["tree_depth"] = np.asarray(jnp.ceil(jnp.log2(steps + 1)), np.int64)
+    return stats

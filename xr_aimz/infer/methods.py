@@ -9,12 +9,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from numpyro.contrib.einstein import SteinVI
 from numpyro.infer import MCMC, SVI
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMCKernel
 
 from xr_aimz.errors import OptionError
-from xr_aimz.infer import mcmc, svi
+from xr_aimz.infer import mcmc, stein, svi
 from xr_aimz.infer.problem import Draws, Problem
 
 __all__ = ["inference"]
@@ -40,6 +41,8 @@ def inference(
         options = _taken(method, asked, {"draws", "steps"})
         _same_model(model, method)
         return _variational(method, options, seed, progress)
+    if isinstance(method, SteinVI):
+        return _stein(model, method, asked, seed, progress)
     is_guide = isinstance(method, AutoGuide) or (
         inspect.isclass(method) and issubclass(method, AutoGuide)
     )
@@ -56,8 +59,8 @@ def inference(
             options["full_rate"] = svi.FULL_RATE
         return _variational(made, options, seed, progress)
     raise OptionError(
-        f"method={method!r}: there are 'nuts', 'svi', and NumPyro's own kernels, MCMC, SVI and "
-        "autoguides"
+        f"method={method!r}: there are 'nuts', 'svi', and NumPyro's own kernels, MCMC, SVI, "
+        "SteinVI and autoguides"
     )
 
 
@@ -66,6 +69,14 @@ def _variational(
 ) -> Callable[[Problem], Draws]:
     settings = {"draws": 1000, "steps": svi.STEPS, **options}
     return lambda problem: svi.run(problem, inference, seed=seed, progress=progress, **settings)
+
+
+def _stein(
+    model: Callable, method: SteinVI, asked: dict[str, Any], seed: int, progress: bool
+) -> Callable[[Problem], Draws]:
+    options = {"draws": 1000, "steps": stein.STEPS} | _taken(method, asked, {"draws", "steps"})
+    _same_model(model, method)
+    return lambda problem: stein.run(problem, method, seed=seed, progress=progress, **options)
 
 
 def _taken(method: Any, asked: dict[str, Any], taken: set[str]) -> dict[str, Any]:

@@ -45,6 +45,9 @@ class Draws:
         The number of chains, and of draws a chain.
     method : str
         A line about how they were made.
+    more : callable, optional
+        Further draws: of a number of draws and a seed, a mapping like ``samples``; or Draws,
+        where the next further ones start elsewhere, as a chain does.
     """
 
     samples: Mapping[str, np.ndarray]
@@ -54,3 +57,4 @@ class Draws:
     params: Mapping[str, Any] = field(default_factory=dict)
     losses: np.ndarray | None = None
     full_rate_steps: int = 0
+    more: Callable[[int, int], Mapping[str, np.ndarray] | Draws] | None = None

@@ -19,6 +19,7 @@ from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from tqdm.auto import tqdm
 
 from xr_aimz.errors import ModelError, OptionError
+from xr_aimz.infer.coverage import check_guide
 from xr_aimz.infer.mcmc import init_strategy
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.model import tracing
@@ -78,9 +79,15 @@ def run(
     rest = {n: v for n, v in problem.arguments.items() if n not in arrays}
     with tracing(problem.block):
         state = svi.init(start, **problem.arguments)
+        check_guide(problem, svi.guide, svi.get_params(state))
         state, losses = _optimize(svi, state, arrays, rest, steps, progress)
         params = svi.get_params(state)
         samples = _sample_guide(svi, problem, params, sample, draws)
+
+    def more(draws: int, seed: int) -> dict[str, np.ndarray]:
+        with tracing(problem.block):
+            return _sample_guide(svi, problem, params, jax.random.key(seed), draws)
+
     names = {*problem.named("param")}
     kept = {name: value for name, value in params.items() if name in names}
     if state.mutable_state is not None:
@@ -92,6 +99,7 @@ def run(
         params=jax.tree.map(np.asarray, kept),
         losses=losses,
         full_rate_steps=int(full_rate * steps),
+        more=more,
     )
 
 
