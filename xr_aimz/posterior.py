@@ -38,7 +38,9 @@ class Fit:
         By ArviZ's names: ``diverging``, ``energy``, ``lp``, ``acceptance_rate``,
         ``n_steps``, ``tree_depth``, ``step_size``. Empty for other methods than HMC.
     losses : DataArray, optional
-        The loss of each step ``(step,)`` of variational inference.
+        The loss of each step ``(step,)`` of variational inference, that of a batch scaled to
+        all of the data. Beyond 20 000 steps of a minibatch fit each is the mean over 2, 4, 8
+        ... steps, labelled by the last of them.
     params : mapping of name to pytree
         Values of ``param`` sites: networks and the like, the same for all draws.
     method : str
@@ -50,6 +52,9 @@ class Fit:
     concerns : tuple of str, optional
         What :func:`fit` found to speak against the draws, and warned of. None for draws
         made elsewhere, which may be lazy: nobody has looked.
+    state : mapping of name to array
+        What ``init=fit`` goes on from: parameters, the optimizer's state, the random key and
+        the place in the epoch. Empty where a method cannot go on.
     """
 
     model: Callable
@@ -64,6 +69,7 @@ class Fit:
     observed_data: xr.Dataset
     constant_data: xr.Dataset
     concerns: tuple[str, ...] | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
     # Not an argument: a copy with other draws is another fit.
     token: str = field(init=False, default_factory=lambda: uuid.uuid4().hex)
 

@@ -14,8 +14,9 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMCKernel
 
 from xr_aimz.errors import OptionError
-from xr_aimz.infer import mcmc, svi
+from xr_aimz.infer import mcmc, minibatch, svi
 from xr_aimz.infer.problem import Draws, Problem
+from xr_aimz.posterior import Fit
 
 __all__ = ["inference"]
 
@@ -24,6 +25,9 @@ def inference(
     model: Callable, method: Any, asked: dict[str, Any], seed: int, progress: bool
 ) -> Callable[[Problem], Draws]:
     """A function from a problem to draws; options are checked here, before any work."""
+    if "batch" in asked:
+        return _in_batches(model, method, asked, seed, progress)
+    _check_whole(asked)
     if method == "nuts" or isinstance(method, MCMCKernel):
         taken = {"draws", "chains", "warmup"} | ({"init"} if method == "nuts" else set())
         options = _taken(method, asked, taken)
@@ -40,10 +44,7 @@ def inference(
         options = _taken(method, asked, {"draws", "steps"})
         _same_model(model, method)
         return _variational(method, options, seed, progress)
-    is_guide = isinstance(method, AutoGuide) or (
-        inspect.isclass(method) and issubclass(method, AutoGuide)
-    )
-    if method == "svi" or is_guide:
+    if method == "svi" or _is_guide(method):
         options = _taken(method, asked, {"draws", "steps", "optimizer", "init"})
         optimizer, init = options.pop("optimizer", None), options.pop("init", None)
         guide = None if method == "svi" else method
@@ -61,6 +62,96 @@ def inference(
     )
 
 
+def _in_batches(
+    model: Callable, method: Any, asked: dict[str, Any], seed: int, progress: bool
+) -> Callable[[Problem], Draws]:
+    """Variational inference on batches, by any of its doors."""
+    own = {"batch", "draws", "steps", "epochs", "patience", "checkpoint", "init"}
+    if isinstance(method, SVI):
+        options = _taken(method, asked, own)
+        _same_model(model, method)
+    elif method == "svi" or _is_guide(method):
+        options = _taken(method, asked, own | {"optimizer"})
+        if isinstance(method, AutoGuide):
+            _same_model(model, method)
+    else:
+        raise OptionError(
+            f"method={method!r} does not take ['batch']: batches are for variational inference, "
+            "method='svi', an autoguide or an SVI"
+        )
+    _check_passes(options)
+    previous, init = _previous(options.pop("init", None))
+    optimizer, draws = options.pop("optimizer", None), options.pop("draws", 1000)
+    if not {"steps", "epochs"} & set(options):
+        options["steps"] = svi.STEPS
+    if isinstance(method, SVI):
+        if init is not None:
+            raise OptionError(
+                f"init={init!r}: an SVI has its own start; give it a Fit, or nothing"
+            )
+        settings = minibatch.Settings(previous=previous, **options)
+        return lambda problem: minibatch.run(
+            problem, lambda steps: method, settings, draws=draws, seed=seed, progress=progress
+        )
+    own_schedule = optimizer is None or isinstance(optimizer, (int, float))
+    settings = minibatch.Settings(
+        previous=previous, full_rate=svi.FULL_RATE if own_schedule else None, **options
+    )
+    guide = None if method == "svi" else method
+
+    def run(problem: Problem) -> Draws:
+        def make(steps: int) -> SVI:
+            return svi.svi_for(problem.model, guide, optimizer, init, steps, minibatch.LAST_RATE)
+
+        return minibatch.run(problem, make, settings, draws=draws, seed=seed, progress=progress)
+
+    return run
+
+
+def _is_guide(method: Any) -> bool:
+    return isinstance(method, AutoGuide) or (
+        inspect.isclass(method) and issubclass(method, AutoGuide)
+    )
+
+
+def _previous(init: Any) -> tuple[Any, Any]:
+    """The state of the fit to go on from, or else how to start."""
+    if not isinstance(init, Fit):
+        return None, init
+    if not init.state:
+        raise OptionError(
+            f"init= is a fit by {init.method}, which kept nothing to continue from; a minibatch "
+            "fit does"
+        )
+    return init.state, None
+
+
+def _check_passes(options: dict[str, Any]) -> None:
+    if {"steps", "epochs"} <= set(options):
+        raise OptionError(
+            f"steps={options['steps']!r} and epochs={options['epochs']!r} both say how long; give "
+            "one"
+        )
+    epochs = options.get("epochs", 1)
+    if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not epochs > 0:
+        raise OptionError(f"epochs={epochs!r}: it must be a number above 0")
+
+
+def _check_whole(asked: dict[str, Any]) -> None:
+    """What only a fit in batches takes."""
+    strays = sorted({"epochs", "patience", "checkpoint"} & set(asked))
+    if strays:
+        raise OptionError(
+            f"{strays!r} go with batches: say batch={{'time': 100}}, or a number of observations, "
+            "and method='svi'"
+        )
+    if isinstance(asked.get("init"), Fit):
+        raise OptionError(
+            "init= a Fit continues a fit in batches: say batch= as that one had it. Here give "
+            "values by site, or a strategy of numpyro.infer"
+        )
+
+
 def _variational(
     inference: SVI, options: dict[str, Any], seed: int, progress: bool
 ) -> Callable[[Problem], Draws]:
@@ -74,7 +165,7 @@ def _taken(method: Any, asked: dict[str, Any], taken: set[str]) -> dict[str, Any
         raise OptionError(
             f"method={method!r} does not take {refused!r}; it takes {sorted(taken)!r}"
         )
-    for name in {"draws", "chains", "warmup", "steps"} & set(asked):
+    for name in {"draws", "chains", "warmup", "steps", "patience"} & set(asked):
         value, least = asked[name], 0 if name == "warmup" else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise OptionError(f"{name}={value!r}: it must be an int of at least {least}")
