@@ -134,7 +134,7 @@ def batch_sizes(batch: Any, binding: Binding, inputs: Inputs) -> dict[str, int]:
     """
     free = [d for d in binding.dims if d not in binding.core_dims]
     if not isinstance(batch, Mapping):
-        return _leading(batch, free, inputs)
+        return _leading(batch, free, {d: inputs.sizes[d] for d in binding.dims})
     if not batch:
         raise OptionError(f"batch={batch!r} names no dimension; there are {free!r}")
     for dim, size in batch.items():
@@ -156,18 +156,18 @@ def batch_sizes(batch: Any, binding: Binding, inputs: Inputs) -> dict[str, int]:
     return {d: int(batch[d]) for d in free if d in batch}
 
 
-def _leading(batch: Any, free: list[str], inputs: Inputs) -> dict[str, int]:
+def _leading(batch: Any, free: list[str], lengths: Mapping[str, int]) -> dict[str, int]:
     """About so many observations, along the first dimension that may be cut."""
     _check_int(batch, batch)
     if not free:
         raise OptionError(f"batch={batch!r}: every dimension is a core_dim, which is never cut")
-    rest = prod(inputs.sizes[d] for d in free[1:])
-    if batch > inputs.sizes[free[0]] * rest:
+    count = prod(lengths.values())
+    if batch > count:
         raise OptionError(
-            f"batch={batch!r} is larger than the data, which have {inputs.sizes[free[0]] * rest} "
-            "observations; leave batch= out, or give fewer"
+            f"batch={batch!r} is larger than the data, which have {count} observations; "
+            "leave batch= out, or give fewer"
         )
-    return {free[0]: max(1, round(batch / rest))}
+    return {free[0]: max(1, round(batch * lengths[free[0]] / count))}
 
 
 def _check_int(batch: Any, size: Any) -> None:

@@ -88,7 +88,8 @@ def read(path: str | Path) -> dict[str, np.ndarray] | None:
     if not Path(path).exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: of a damaged file NumPy would leave its own open.
+        with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise StoreError(

@@ -8,16 +8,16 @@ the rows of a batch taken from them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
 from math import prod
 from typing import Any
 
-import dask
 import jax.numpy as jnp
 import numpy as np
+from dask.base import compute
 
 from xr_aimz.batches import Batches, Deck, Visit, batches, decks
 from xr_aimz.binding import Binding
@@ -137,7 +137,7 @@ def _first(made: Stream) -> Arrays:
     return _read(made, Visit(0, 0, head, order, {}, np.zeros((1, len(sizes)), int)), sizes)
 
 
-def ahead(made: Stream, visits: Iterator[Visit]) -> Iterator[tuple[Visit, Arrays]]:
+def ahead(made: Stream, visits: Iterator[Visit]) -> Generator[tuple[Visit, Arrays], None, None]:
     """Each visit with its arrays, the next one being loaded by a thread meanwhile."""
 
     def following() -> tuple[Visit, Arrays] | None:
@@ -155,7 +155,7 @@ def _computed(
     names: Mapping[str, str], lazy: Mapping[str, list[Any]]
 ) -> dict[str, list[np.ndarray]]:
     # Together, so that what arrays share is read once.
-    (loaded,) = dask.compute(dict(lazy))
+    (loaded,) = compute(dict(lazy))
     return {
         k: [to_device_dtype(names[k], np.asarray(piece)) for piece in pieces]
         for k, pieces in loaded.items()

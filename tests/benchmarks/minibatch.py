@@ -166,7 +166,8 @@ def memory(gigabytes: float, chunk: int, epochs: float) -> None:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     print(f"data of {found['bytes'] / 1e9:.2f} GB, {epochs} epochs in {found['seconds']:.0f} s")
-    print(f"peak memory: {found['peak'] / 1e9:.2f} GB ({found['before'] / 1e9:.2f} before the fit)")
+    before = found["before"] / 1e9
+    print(f"peak memory: {found['peak'] / 1e9:.2f} GB ({before:.2f} before the fit)")
 
 
 def main() -> None:

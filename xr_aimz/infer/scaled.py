@@ -48,7 +48,7 @@ def scaled(fn: Callable, by: Mapping[str, float]) -> Callable:
     return counted
 
 
-class _Scaled(Messenger):
+class _Scaled(Messenger):  # type: ignore[misc] # NumPyro is untyped
     def __init__(self, by: Mapping[str, float]) -> None:
         self._by = by
         super().__init__(None)
