@@ -17,7 +17,7 @@ from xr_aimz.infer.problem import Problem
 from xr_aimz.infer.scaled import batched_dims
 from xr_aimz.model import trace_sites
 
-__all__ = ["check_guide", "check_model", "local_sites"]
+__all__ = ["check_guide", "check_model", "check_start", "local_sites"]
 
 # They look at the density of all the data, of which a step sees a batch.
 _WHOLE = (
@@ -55,6 +55,22 @@ def check_guide(problem: Problem, guide: Any, batched: Mapping[str, Any]) -> Non
             f"latent sites {local!r} have entries along the batched dims {list(batched)!r}, which "
             f"{name} does not train label by label; use method='svi' (AutoNormal) or AutoDelta, "
             "or batch along another dimension"
+        )
+
+
+def check_start(problem: Problem, started: tuple[str, ...], batched: Mapping[str, Any]) -> None:
+    """Values to start from, for sites that all batches share.
+
+    Raises
+    ------
+    OptionError
+        A site has entries along the batched dimensions: those start by themselves.
+    """
+    local = sorted({*local_sites(problem, batched)} & {*started})
+    if local:
+        raise OptionError(
+            f"init= has values of {local!r}, which have entries along the batched dims "
+            f"{list(batched)!r}: those start by themselves. Leave them out"
         )
 
 

@@ -66,46 +66,53 @@ def _in_batches(
     model: Callable, method: Any, asked: dict[str, Any], seed: int, progress: bool
 ) -> Callable[[Problem], Draws]:
     """Variational inference on batches, by any of its doors."""
-    own = {"batch", "draws", "steps", "epochs", "patience", "checkpoint", "init"}
-    if isinstance(method, SVI):
-        options = _taken(method, asked, own)
-        _same_model(model, method)
-    elif method == "svi" or _is_guide(method):
-        options = _taken(method, asked, own | {"optimizer"})
-        if isinstance(method, AutoGuide):
-            _same_model(model, method)
-    else:
-        raise OptionError(
-            f"method={method!r} does not take ['batch']: batches are for variational inference, "
-            "method='svi', an autoguide or an SVI"
-        )
-    _check_passes(options)
+    options = _batch_options(model, method, asked)
     previous, init = _previous(options.pop("init", None))
     optimizer, draws = options.pop("optimizer", None), options.pop("draws", 1000)
-    if not {"steps", "epochs"} & set(options):
-        options["steps"] = svi.STEPS
+    full_rate = None
     if isinstance(method, SVI):
         if init is not None:
             raise OptionError(
                 f"init={init!r}: an SVI has its own start; give it a Fit, or nothing"
             )
-        settings = minibatch.Settings(previous=previous, **options)
-        return lambda problem: minibatch.run(
-            problem, lambda steps: method, settings, draws=draws, seed=seed, progress=progress
-        )
-    own_schedule = optimizer is None or isinstance(optimizer, (int, float))
+    elif optimizer is None or isinstance(optimizer, (int, float)):
+        full_rate = svi.FULL_RATE
+    started = tuple(init) if isinstance(init, dict) else ()
     settings = minibatch.Settings(
-        previous=previous, full_rate=svi.FULL_RATE if own_schedule else None, **options
+        previous=previous, started=started, full_rate=full_rate, **options
     )
-    guide = None if method == "svi" else method
 
     def run(problem: Problem) -> Draws:
         def make(steps: int) -> SVI:
+            if isinstance(method, SVI):
+                return method
+            guide = None if method == "svi" else method
             return svi.svi_for(problem.model, guide, optimizer, init, steps, minibatch.LAST_RATE)
 
         return minibatch.run(problem, make, settings, draws=draws, seed=seed, progress=progress)
 
     return run
+
+
+def _batch_options(model: Callable, method: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    taken = {"batch", "draws", "steps", "epochs", "patience", "checkpoint", "init"}
+    if not (isinstance(method, SVI) or method == "svi" or _is_guide(method)):
+        raise OptionError(
+            f"method={method!r} does not take ['batch']: batches are for variational inference, "
+            "method='svi', an autoguide or an SVI"
+        )
+    options = _taken(method, asked, taken if isinstance(method, SVI) else taken | {"optimizer"})
+    if isinstance(method, (SVI, AutoGuide)):
+        _same_model(model, method)
+    if {"steps", "epochs"} <= set(options):
+        raise OptionError(
+            f"steps={options['steps']!r} and epochs={options['epochs']!r} both say how long; give "
+            "one"
+        )
+    epochs = options.get("epochs", 1)
+    if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not epochs > 0:
+        raise OptionError(f"epochs={epochs!r}: it must be a number above 0")
+    return options if "epochs" in options else {"steps": svi.STEPS, **options}
 
 
 def _is_guide(method: Any) -> bool:
@@ -124,17 +131,6 @@ def _previous(init: Any) -> tuple[Any, Any]:
             "fit does"
         )
     return init.state, None
-
-
-def _check_passes(options: dict[str, Any]) -> None:
-    if {"steps", "epochs"} <= set(options):
-        raise OptionError(
-            f"steps={options['steps']!r} and epochs={options['epochs']!r} both say how long; give "
-            "one"
-        )
-    epochs = options.get("epochs", 1)
-    if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not epochs > 0:
-        raise OptionError(f"epochs={epochs!r}: it must be a number above 0")
 
 
 def _check_whole(asked: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from xr_aimz.batches import Visit, batch_sizes, epoch
 from xr_aimz.checkpoint import Checkpoint
 from xr_aimz.errors import OptionError
-from xr_aimz.infer.batchable import check_guide, check_model, local_sites
+from xr_aimz.infer.batchable import check_guide, check_model, check_start, local_sites
 from xr_aimz.infer.entry_draws import draw_entries
 from xr_aimz.infer.losses import History
 from xr_aimz.infer.problem import Draws, Problem
@@ -47,7 +47,8 @@ class Settings:
     """What was asked of a minibatch fit.
 
     ``full_rate`` is the share of the steps before an optimizer of our own shrinks its steps,
-    None for an optimizer of the caller's. ``previous`` is the state of the fit to go on from.
+    None for an optimizer of the caller's. ``previous`` is the state of the fit to go on from,
+    ``started`` the sites that ``init=`` gave values.
     """
 
     batch: Any
@@ -57,6 +58,7 @@ class Settings:
     checkpoint: str | Path | None = None
     previous: Mapping[str, Any] | None = None
     full_rate: float | None = None
+    started: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def run(
     steps = settings.steps or ceil((settings.epochs or 0) * per_epoch)
     made = make(steps)
     check_guide(problem, made.guide, sizes)
+    check_start(problem, settings.started, sizes)
     check_model(problem, sizes)
     file = Checkpoint(settings.checkpoint)
     stored = file.read()
@@ -138,7 +141,7 @@ class _State:
             return cls(ready.start, Place(), History(), names)
         what = "init=" if stored is None else f"checkpoint={str(settings.checkpoint)!r}"
         _check_same(what, found, names, ("fit",) if stored is None else ("fit", "call"))
-        leaves = _unpacked(what, found, ready.start)
+        leaves = _unpacked(found, ready.start)
         place = Place(*(int(found[n]) for n in ("step", "epoch", "within", "settled")))
         if stored is None and place.step > steps:
             raise OptionError(
@@ -164,16 +167,13 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _unpacked(what: str, found: Mapping[str, Any], start: list[Any]) -> list[Any]:
-    leaves = []
-    for i, like in enumerate(start):
-        value = found.get(f"leaf {i}")
-        if value is None or (value.shape, value.dtype) != (_bare(like).shape, _bare(like).dtype):
-            raise OptionError(f"{what} was made with another optimizer: use that one, or drop it")
-        # A copy: the first call of a window consumes what it is given.
-        leaf = jnp.array(value)
-        leaves.append(jax.random.wrap_key_data(leaf) if _is_key(like) else leaf)
-    return leaves
+def _unpacked(found: Mapping[str, Any], start: list[Any]) -> list[Any]:
+    # Copies: the first window consumes what it is given.
+    leaves = [jnp.array(found[f"leaf {i}"]) for i in range(len(start))]
+    return [
+        jax.random.wrap_key_data(leaf) if _is_key(like) else leaf
+        for leaf, like in zip(leaves, start, strict=True)
+    ]
 
 
 def _check_same(
@@ -187,8 +187,8 @@ def _check_same(
     differ = [name for name in told if str(found.get(name)) != str(names[name])]
     if "fit" in differ:
         raise OptionError(
-            f"{what} is of another fit: the model, its guide, the labels, the batches, the chunks "
-            "or the first batch of the data differ. Use the same, or drop it"
+            f"{what} is of another fit: the model, its guide, the kind of optimizer, the labels, "
+            "the batches, the chunks or the first batch of the data differ. Use the same, or drop it"
         )
     if differ:
         raise OptionError(
