@@ -88,11 +88,11 @@ def test_steps_before_a_window_are_counted():
 
 
 def test_a_window_keeps_to_its_bytes_and_holds_a_batch(ds):
-    bound = bind(ds.chunk(time=3), model)
-    weights = [(("time",), 96), (("time",), 96)]
-    made = batches({"time": 2}, bound.inputs, weights, 6 * 192)
-    assert made.windows["time"] == 4
-    assert made.longest("time") == 6
+    bound = bind(ds.chunk(time=2), model)
+    weights = [(("time",), 96), (("time",), 48)]
+    made = batches({"time": 2}, bound.inputs, weights, 2870)
+    assert made.windows["time"] == 5
+    assert made.longest("time") == 4
     shortest = min(sum(b - a for a, b in v.chunks["time"]) for v in epoch(made, 0, 0))
     assert shortest >= 2
     # Where the bytes are too few for a batch, the batch goes first.
@@ -106,9 +106,9 @@ def test_data_that_fit_are_one_window(ds):
 
 def test_data_in_memory_are_cut_where_they_are_too_much(ds):
     bound = bind(ds, model)
-    made = batches({"time": 2}, bound.inputs, [(("time",), 96)], 8 * 96)
+    made = batches({"time": 2}, bound.inputs, [(("time",), 96)], 1900)
     assert not made.resident
-    assert made.longest("time") <= 8
+    assert made.longest("time") <= 4
     assert sum(made.chunks["time"]) == 20
 
 

@@ -41,6 +41,7 @@ ROOMS = (
     "infer.losses",
     "infer.entries",
     "infer.scaled",
+    "infer.repeatable",
     "infer.batchable",
     "infer.training",
     "infer.entry_draws",

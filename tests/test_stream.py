@@ -13,7 +13,7 @@ from xr_aimz.batches import epoch
 from xr_aimz.bound import bind
 from xr_aimz.stream import ahead, stream
 
-SMALL = 40 * 4 * 6
+SMALL = 40 * 4 * 6 * 3
 
 
 def model(x, height, y=None):
@@ -91,7 +91,7 @@ def test_one_window_is_read_ahead_and_no_more(ds):
     lazy = ds.chunk(time=10)
     data = da.map_blocks(counted, lazy.y.data, dtype=float, meta=np.empty((0, 0)))
     bound = bind(lazy.assign(y=lazy.y.copy(data=data)), model)
-    made = stream(bound.binding, bound.inputs, {"time": 4}, 20 * 2 * 4 * 6, 0)
+    made = stream(bound.binding, bound.inputs, {"time": 4}, 20 * 2 * 4 * 6 * 4, 0)
     windows = ahead(made, epoch(made.batches, 0, 0))
     loaded.clear()
     for number, (visit, _) in enumerate(windows, 1):

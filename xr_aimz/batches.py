@@ -25,6 +25,9 @@ __all__ = ["Batches", "Deck", "Visit", "batch_sizes", "batches", "decks", "epoch
 
 # A numpy-backed dimension has no chunks: so many of its pieces make a window.
 _PIECES = 4
+# Of what may be kept, a window that streams is a quarter: one is trained on, the next lies
+# decoded, permuted and on its way to the device (docs/decisions/minibatch.md).
+_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ def _check_int(batch: Any, size: Any) -> None:
 
 
 def batches(sizes: Mapping[str, int], inputs: Inputs, weights: Any, budget: int) -> Batches:
-    """Share out the chunks of the batched dimensions into windows of at most ``budget`` bytes.
+    """Share out the chunks of the batched dimensions into windows.
 
     Parameters
     ----------
@@ -189,7 +192,8 @@ def batches(sizes: Mapping[str, int], inputs: Inputs, weights: Any, budget: int)
     weights : iterable of (dims, bytes)
         For each array, the batched dims it has and what one entry along them weighs.
     budget : int
-        A window holds a batch all the same, and at least one chunk.
+        Bytes. Data of no more are one window; else a window has at most a quarter, but it
+        holds a batch all the same, and at least one chunk.
     """
     lengths = {d: inputs.sizes[d] for d in sizes}
 
@@ -200,7 +204,7 @@ def batches(sizes: Mapping[str, int], inputs: Inputs, weights: Any, budget: int)
         # Nothing to stream: the chunks need not be kept apart.
         whole = {d: (n,) for d, n in lengths.items()}
         return Batches(sizes, lengths, whole, dict.fromkeys(sizes, 1))
-    rows = dict(sizes)
+    rows, budget = dict(sizes), max(1, budget // _SHARE)
     chunks, windows = {}, {}
     for dim, length in lengths.items():
         one = max(1, weigh({**rows, dim: 1}))

@@ -91,8 +91,8 @@ def stream(
     sizes : mapping of dim to int
         Of a batch, from :func:`xr_aimz.batches.batch_sizes`.
     budget : int
-        The bytes of a window. Up to some five times as much is in memory: a window that is
-        trained on, and one being read.
+        Bytes. Data of no more are kept; else windows of a quarter stream, and some four times
+        the budget is in memory with the one being read.
     seed : int
     """
     names = {s.key: s.name for a in binding.arguments for s in a.sources}

@@ -188,7 +188,8 @@ def _check_same(
     if "fit" in differ:
         raise OptionError(
             f"{what} is of another fit: the model, its guide, the kind of optimizer, the labels, "
-            "the batches, the chunks or the first batch of the data differ. Use the same, or drop it"
+            "the batches, the chunks or the first batch of the data differ. Use the same, or "
+            "drop it"
         )
     if differ:
         raise OptionError(

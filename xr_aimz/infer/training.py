@@ -21,9 +21,9 @@ from numpyro.infer.autoguide import AutoGuide, AutoGuideList
 
 from xr_aimz.batches import Visit
 from xr_aimz.binding import arrange, block_of
-from xr_aimz.device import traced
 from xr_aimz.infer.entries import Entries, entries_of
 from xr_aimz.infer.problem import Problem
+from xr_aimz.infer.repeatable import ordered, program_digest
 from xr_aimz.infer.scaled import scaled, scales
 from xr_aimz.labels import label_words
 from xr_aimz.model import Block, tracing
@@ -194,18 +194,14 @@ class Training:
         """Names for the data and the loss, and for the way it is optimized."""
         zero = dict.fromkeys(self.data.batches.sizes, 0)
         state = self.part(self.start, zero)
-        loss = traced(
-            lambda s, a: self.svi.evaluate(s, **self.arguments(a)),
-            self.block,
-            state,
-            self.data.first,
-        )[1]
-        update = traced(
-            lambda s, a: self.svi.update(s, **self.arguments(a)),
-            self.block,
-            state,
-            self.data.first,
-        )[1]
+        first = {k: np.asarray(a) for k, a in self.data.first.items()}
+        with tracing(self.block):
+            loss = program_digest(
+                lambda s, a: self.svi.evaluate(s, **self.arguments(a)), state, first
+            )
+            update = program_digest(
+                lambda s, a: self.svi.update(s, **self.arguments(a)), state, first
+            )
         return _mixed(loss, self._seen()), update
 
     def _seen(self) -> str:
@@ -251,7 +247,8 @@ def _scaled(problem: Problem, svi: SVI, data: Stream) -> tuple[SVI, Callable]:
     by = scales(problem.sites, problem.binding, data.batches)
     guide = _fresh(svi.guide)
     model = scaled(problem.model, by)
-    return SVI(model, scaled(guide, by), svi.optim, svi.loss, **svi.static_kwargs), guide
+    own = SVI(model, scaled(guide, by), svi.optim, ordered(svi.loss), **svi.static_kwargs)
+    return own, guide
 
 
 def _fresh(guide: Any) -> Any:
