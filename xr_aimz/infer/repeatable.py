@@ -55,7 +55,9 @@ def _digest(jaxpr: Any, consts: Any) -> str:
         names[var] = _hash("constant", np.asarray(value).tobytes(), var.aval)
     for equation in jaxpr.eqns:
         given = [_name(names, var) for var in equation.invars]
-        how = [(key, _setting(value)) for key, value in sorted(equation.params.items())]
+        # The name of a nested program is that of some function, whatever it computes.
+        settings = {key: value for key, value in equation.params.items() if key != "name"}
+        how = [(key, _setting(settings[key])) for key in sorted(settings)]
         for number, var in enumerate(equation.outvars):
             names[var] = _hash(equation.primitive.name, number, given, how)
     return _hash([_name(names, var) for var in jaxpr.outvars])
