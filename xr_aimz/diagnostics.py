@@ -26,6 +26,9 @@ ESS_PER_CHAIN = 100
 # many nats a latent value: a guide whose sd is 10 % off loses half of that by it. Both are
 # guesses, tried on converged and unconverged fits (docs/decisions/fits.md).
 FALLING_ERRORS, FALLING_NATS = 4.0, 0.01
+# Losses of batches are averaged over epochs where there are so many: a line through fewer
+# means has no standard error to rely on.
+EPOCHS = 20
 
 
 def rhat(x: np.ndarray) -> np.ndarray:
@@ -116,19 +119,39 @@ def _loss_concerns(losses: xr.DataArray, latents: int) -> list[str]:
     bad = int((~np.isfinite(losses)).sum())
     if bad:
         return [f"{bad} of {losses.size} losses are not finite: lower the learning rate"]
-    # Where the step size shrinks, any loss levels off: what counts is before.
-    full = losses.values[: losses.attrs.get("full_rate_steps", losses.size)]
-    tail = full[-max(3 * losses.size // 10, 3) :]
+    steps, tail = _tail(losses)
     if len(tail) < 3:
         return []
-    trend = linregress(np.arange(len(tail)), tail)
-    drop = -trend.slope * losses.size / 10
+    trend = linregress(steps, tail)
+    count = losses.size * _every(losses)
+    drop = -trend.slope * count / 10
     if drop > FALLING_NATS * latents and -trend.slope > FALLING_ERRORS * trend.stderr:
         return [
             f"the loss was still falling at the full learning rate, by {drop:.3g} a tenth of the "
-            f"{losses.size} steps: take more"
+            f"{count} steps: take more"
         ]
     return []
+
+
+def _every(losses: xr.DataArray) -> int:
+    """How many steps are behind each loss."""
+    if "step" not in losses.coords or losses.size < 2:
+        return 1
+    return int(losses.step[1] - losses.step[0])
+
+
+def _tail(losses: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and losses that show whether the loss has settled: the last at the full rate."""
+    every = _every(losses)
+    # Where the step size shrinks, any loss levels off: what counts is before.
+    full = losses.values[: losses.attrs.get("full_rate_steps", losses.size * every) // every]
+    tail = full[-max(3 * losses.size // 10, 3) :]
+    # Over a whole pass all data are seen, and which of them were in which batch is no noise.
+    run = round(losses.attrs.get("epoch_steps", 1.0) / every)
+    if run > 1 and len(tail) >= EPOCHS * run:
+        tail = tail[len(tail) % run :].reshape(-1, run).mean(axis=1)
+        every *= run
+    return np.arange(len(tail)) * every, tail
 
 
 def _split(x: np.ndarray) -> np.ndarray:

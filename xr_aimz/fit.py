@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.bound import Bound, bind
 from xr_aimz.device import run, to_device_dtype, traced
 from xr_aimz.errors import ConvergenceWarning
+from xr_aimz.gaps import sample_with_gaps
 from xr_aimz.infer.methods import inference
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.infer.retarget import on_model
@@ -52,7 +54,11 @@ def fit(
     chains: int | None = None,
     warmup: int | None = None,
     steps: int | None = None,
+    batch: int | Mapping[str, int] | None = None,
+    epochs: float | None = None,
     optimizer: Any = None,
+    patience: int | None = None,
+    checkpoint: str | Path | None = None,
     init: Any = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -67,7 +73,8 @@ def fit(
     Parameters
     ----------
     ds : Dataset
-        Numpy- or dask-backed; the variables that the model takes are loaded.
+        Numpy- or dask-backed; the variables that the model takes are loaded, or with
+        ``batch`` read a few chunks at a time.
     model : callable
         A plain NumPyro model. An argument whose default is ``None`` and that a site
         observes is an outcome.
@@ -95,12 +102,31 @@ def fit(
         For MCMC. Chains run in parallel over devices where there are enough, else
         vectorized on one; those of kernels that cannot, in turn.
     steps : int, default 10000
-        For SVI and SteinVI.
+        For SVI and SteinVI: all steps, those of an earlier fit that is continued included.
+    batch : int or mapping of dim to int, optional
+        For SVI: how many entries along an observation dimension, ``{"time": 100}``, a step
+        sees; or about how many observations, along the first dimension that is no
+        ``core_dim``. The likelihood, and latents with an entry for each label, are scaled
+        to the whole Dataset. Chunks stream in a shuffled order, at most some five times
+        ``set_options(block_bytes)`` of them in memory; data of up to that size are read
+        once. Deterministics are left to :func:`xr_aimz.predict`.
+    epochs : float, optional
+        With ``batch``, in place of ``steps``: passes over the data.
     optimizer : optional
         For SVI: an optimizer of NumPyro or optax, or a learning rate for Adam (0.05), which
-        shrinks to a thousandth over the last three tenths of the steps.
+        shrinks to a thousandth over the last three tenths of the steps, in batches to a
+        ten-thousandth.
+    patience : int, optional
+        With ``batch``: once so many steps have not lowered the loss by more than its noise,
+        only the steps at the shrinking rate are taken; with an optimizer of the caller's
+        the fit ends there.
+    checkpoint : path, optional
+        With ``batch``: a file for the state, written now and then. The same call goes on
+        from the file where there is one, and ends as if it had not been cut short.
     init : optional
-        Values by site, or a strategy such as ``numpyro.infer.init_to_median``.
+        Values by site, or a strategy such as ``numpyro.infer.init_to_median``; with
+        ``batch`` also a Fit, which is continued exactly. The rate of an optimizer of our
+        own depends on ``steps``: give a Fit that is to be continued one of the caller's.
     seed : int
     progress : bool, optional
         By default as :class:`xr_aimz.set_options` says.
@@ -125,7 +151,10 @@ def fit(
         A missing value would touch more than its own cell: the model takes a mean or a lag of
         the variable, or makes a prior of it. Found by exchanging what stands in for it.
     OptionError
-        An option that the method does not take.
+        An option that the method does not take; a batch larger than the data or along a
+        core dim; a checkpoint or Fit that is not of this model, data and options.
+    StoreError
+        A checkpoint that cannot be written or read.
 
     Examples
     --------
@@ -141,20 +170,27 @@ def fit(
     ('chain', 'draw')
     """
     given = {"chains": chains, "warmup": warmup, "steps": steps, "optimizer": optimizer}
-    given |= {"draws": draws, "init": init}
+    given |= {"draws": draws, "init": init, "batch": batch, "epochs": epochs}
+    given |= {"patience": patience, "checkpoint": checkpoint}
     asked = {name: value for name, value in given.items() if value is not None}
     infer = inference(model, method, asked, seed, shows_progress(progress))
     bound = bind(ds, model, variables, dim=dim, core_dim=core_dim, layout=layout)
-    check_fits(bound.binding, bound.inputs.arrays)
-    arrays = _load(bound.binding, bound.inputs)
-    block = block_of(bound.binding, bound.inputs.sizes)
-    arguments = arrange(bound.binding, arrays, bound.inputs.dims, block)
+    # In batches nothing is loaded here but what shows how the model takes missing values.
+    looked_at = bound.inputs if batch is None else sample_with_gaps(bound.binding, bound.inputs)
+    check_fits(bound.binding, looked_at.arrays)
+    arrays = _load(bound.binding, looked_at)
+    block = block_of(bound.binding, looked_at.sizes)
+    arguments = arrange(bound.binding, arrays, looked_at.dims, block)
     fitted_model = prepare(model, bound.binding, bound.sites, arguments, block)
     if fitted_model is not model:
         wrap = partial(masked, binding=bound.binding, sites=bound.sites)
         method = on_model(method, model, fitted_model, wrap)
         infer = inference(fitted_model, method, asked, seed, shows_progress(progress))
-    drawn = infer(Problem(fitted_model, arguments, block, bound.sites))
+    if batch is not None:
+        arrays, block = {}, block_of(bound.binding, bound.inputs.sizes)
+        arguments = arrange(bound.binding, arrays, bound.inputs.dims, block)
+    problem = Problem(fitted_model, arguments, block, bound.sites, bound.binding, bound.inputs)
+    drawn = infer(problem)
     fitted = _labelled(bound, drawn, arrays)
     found = diagnostics.concerns(fitted.posterior, fitted.sample_stats, fitted.losses)
     _warn(tuple(found))
@@ -180,7 +216,7 @@ def _labelled(bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array], first
         for name, s in bound.sites.items()
         if s.kind == "deterministic" and not _spans(s, bound.binding)
     ]
-    if wanted:
+    if wanted and arrays:
         values |= _deterministics(bound, drawn, arrays, tuple(wanted))
     chain, draw = np.arange(drawn.shape[0]), first + np.arange(drawn.shape[1])
     posterior = label(values, bound.sites, bound.binding, bound.inputs, chain, draw)
@@ -256,8 +292,7 @@ def assemble(bound: Bound, posterior: xr.Dataset, drawn: Draws) -> Fit:
     stats = {name: (("chain", "draw"), value) for name, value in drawn.stats.items()}
     losses = None
     if drawn.losses is not None:
-        attrs = {"full_rate_steps": drawn.full_rate_steps}
-        losses = xr.DataArray(drawn.losses, dims="step", name="loss", attrs=attrs)
+        losses = _losses(drawn)
     return Fit(
         model=bound.model,
         binding=binding,
@@ -270,7 +305,17 @@ def assemble(bound: Bound, posterior: xr.Dataset, drawn: Draws) -> Fit:
         attrs={a.name: dict(arrays[a.sources[0].key].attrs) for a in binding.outcomes},
         observed_data=_group(observed),
         constant_data=_group(constant),
+        state=drawn.state,
     )
+
+
+def _losses(drawn: Draws) -> xr.DataArray:
+    attrs = {"full_rate_steps": drawn.full_rate_steps, "epoch_steps": drawn.epoch_steps}
+    losses = xr.DataArray(drawn.losses, dims="step", name="loss", attrs=attrs)
+    if drawn.loss_every == 1:
+        return losses
+    # The last step behind each mean.
+    return losses.assign_coords(step=np.arange(1, losses.size + 1) * drawn.loss_every - 1)
 
 
 def _group(arrays: Mapping[str, xr.DataArray]) -> xr.Dataset:

@@ -42,7 +42,9 @@ class Fit:
         By ArviZ's names: ``diverging``, ``energy``, ``lp``, ``acceptance_rate``,
         ``n_steps``, ``tree_depth``, ``step_size``. Empty for other methods than HMC.
     losses : DataArray, optional
-        The loss of each step ``(step,)`` of variational inference.
+        The loss of each step ``(step,)`` of variational inference, that of a batch scaled to
+        all of the data. Beyond 20 000 steps of a minibatch fit each is the mean over 2, 4, 8
+        ... steps, labelled by the last of them.
     params : mapping of name to pytree
         Values of ``param`` sites: networks and the like, the same for all draws.
     method : str
@@ -56,6 +58,9 @@ class Fit:
         made elsewhere, which may be lazy: nobody has looked.
     more : callable, optional
         What :meth:`sample` takes further draws from.
+    state : mapping of name to array
+        What ``init=fit`` goes on from: parameters, the optimizer's state, the random key and
+        the place in the epoch. Empty where a method cannot go on.
     """
 
     model: Callable
@@ -71,6 +76,7 @@ class Fit:
     constant_data: xr.Dataset
     concerns: tuple[str, ...] | None = None
     more: Callable[[int, int], Fit] | None = field(default=None, repr=False)
+    state: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def token(self) -> str:

@@ -15,8 +15,9 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMCKernel
 
 from xr_aimz.errors import OptionError
-from xr_aimz.infer import mcmc, stein, svi
+from xr_aimz.infer import mcmc, minibatch, stein, svi
 from xr_aimz.infer.problem import Draws, Problem
+from xr_aimz.posterior import Fit
 
 __all__ = ["inference"]
 
@@ -25,6 +26,9 @@ def inference(
     model: Callable, method: Any, asked: dict[str, Any], seed: int, progress: bool
 ) -> Callable[[Problem], Draws]:
     """A function from a problem to draws; options are checked here, before any work."""
+    if "batch" in asked:
+        return _in_batches(model, method, asked, seed, progress)
+    _check_whole(asked)
     if method == "nuts" or isinstance(method, MCMCKernel):
         taken = {"draws", "chains", "warmup"} | ({"init"} if method == "nuts" else set())
         options = _taken(method, asked, taken)
@@ -43,10 +47,7 @@ def inference(
         return _variational(method, options, seed, progress)
     if isinstance(method, SteinVI):
         return _stein(model, method, asked, seed, progress)
-    is_guide = isinstance(method, AutoGuide) or (
-        inspect.isclass(method) and issubclass(method, AutoGuide)
-    )
-    if method == "svi" or is_guide:
+    if method == "svi" or _is_guide(method):
         options = _taken(method, asked, {"draws", "steps", "optimizer", "init"})
         optimizer, init = options.pop("optimizer", None), options.pop("init", None)
         guide = None if method == "svi" else method
@@ -62,6 +63,92 @@ def inference(
         f"method={method!r}: there are 'nuts', 'svi', and NumPyro's own kernels, MCMC, SVI, "
         "SteinVI and autoguides"
     )
+
+
+def _in_batches(
+    model: Callable, method: Any, asked: dict[str, Any], seed: int, progress: bool
+) -> Callable[[Problem], Draws]:
+    """Variational inference on batches, by any of its doors."""
+    options = _batch_options(model, method, asked)
+    previous, init = _previous(options.pop("init", None))
+    optimizer, draws = options.pop("optimizer", None), options.pop("draws", 1000)
+    full_rate = None
+    if isinstance(method, SVI):
+        if init is not None:
+            raise OptionError(
+                f"init={init!r}: an SVI has its own start; give it a Fit, or nothing"
+            )
+    elif optimizer is None or isinstance(optimizer, (int, float)):
+        full_rate = svi.FULL_RATE
+    started = tuple(init) if isinstance(init, dict) else ()
+    settings = minibatch.Settings(
+        previous=previous, started=started, full_rate=full_rate, **options
+    )
+
+    def run(problem: Problem) -> Draws:
+        def make(steps: int) -> SVI:
+            if isinstance(method, SVI):
+                return method
+            guide = None if method == "svi" else method
+            return svi.svi_for(problem.model, guide, optimizer, init, steps, minibatch.LAST_RATE)
+
+        return minibatch.run(problem, make, settings, draws=draws, seed=seed, progress=progress)
+
+    return run
+
+
+def _batch_options(model: Callable, method: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    taken = {"batch", "draws", "steps", "epochs", "patience", "checkpoint", "init"}
+    if not (isinstance(method, SVI) or method == "svi" or _is_guide(method)):
+        raise OptionError(
+            f"method={method!r} does not take ['batch']: batches are for variational inference, "
+            "method='svi', an autoguide or an SVI"
+        )
+    options = _taken(method, asked, taken if isinstance(method, SVI) else taken | {"optimizer"})
+    if isinstance(method, (SVI, AutoGuide)):
+        _same_model(model, method)
+    if {"steps", "epochs"} <= set(options):
+        raise OptionError(
+            f"steps={options['steps']!r} and epochs={options['epochs']!r} both say how long; give "
+            "one"
+        )
+    epochs = options.get("epochs", 1)
+    if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not epochs > 0:
+        raise OptionError(f"epochs={epochs!r}: it must be a number above 0")
+    return options if "epochs" in options else {"steps": svi.STEPS, **options}
+
+
+def _is_guide(method: Any) -> bool:
+    return isinstance(method, AutoGuide) or (
+        inspect.isclass(method) and issubclass(method, AutoGuide)
+    )
+
+
+def _previous(init: Any) -> tuple[Any, Any]:
+    """The state of the fit to go on from, or else how to start."""
+    if not isinstance(init, Fit):
+        return None, init
+    if not init.state:
+        raise OptionError(
+            f"init= is a fit by {init.method}, which kept nothing to continue from; a minibatch "
+            "fit does"
+        )
+    return init.state, None
+
+
+def _check_whole(asked: dict[str, Any]) -> None:
+    """What only a fit in batches takes."""
+    strays = sorted({"epochs", "patience", "checkpoint"} & set(asked))
+    if strays:
+        raise OptionError(
+            f"{strays!r} go with batches: say batch={{'time': 100}}, or a number of observations, "
+            "and method='svi'"
+        )
+    if isinstance(asked.get("init"), Fit):
+        raise OptionError(
+            "init= a Fit continues a fit in batches: say batch= as that one had it. Here give "
+            "values by site, or a strategy of numpyro.infer"
+        )
 
 
 def _variational(
@@ -85,7 +172,7 @@ def _taken(method: Any, asked: dict[str, Any], taken: set[str]) -> dict[str, Any
         raise OptionError(
             f"method={method!r} does not take {refused!r}; it takes {sorted(taken)!r}"
         )
-    for name in {"draws", "chains", "warmup", "steps"} & set(asked):
+    for name in {"draws", "chains", "warmup", "steps", "patience"} & set(asked):
         value, least = asked[name], 0 if name == "warmup" else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise OptionError(f"{name}={value!r}: it must be an int of at least {least}")

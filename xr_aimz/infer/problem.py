@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from xr_aimz.binding import Binding
+from xr_aimz.inputs import Inputs
 from xr_aimz.model import Block, Site
 
 __all__ = ["Draws", "Problem"]
@@ -17,13 +19,16 @@ __all__ = ["Draws", "Problem"]
 class Problem:
     """A model and the arguments it is to be fitted to.
 
-    ``arguments`` are arrays and constants by name, outcomes included.
+    ``arguments`` are arrays and constants by name, outcomes included. Where the data stream
+    in batches there are none: they come from ``inputs``, by way of ``binding``.
     """
 
     model: Callable
     arguments: Mapping[str, Any]
     block: Block
     sites: Mapping[str, Site]
+    binding: Binding | None = None
+    inputs: Inputs | None = None
 
     def named(self, kind: str) -> list[str]:
         return [name for name, site in self.sites.items() if site.kind == kind]
@@ -39,6 +44,10 @@ class Draws:
     params : mapping of name to pytree
         Values of ``param`` sites (and mutable state), the same for all draws.
     losses : array ``(step,)``, optional
+    loss_every : int
+        Each loss is the mean over so many steps.
+    epoch_steps : float
+        How many steps take a pass over the data.
     full_rate_steps : int
         How many of the steps were taken at the optimizer's full rate.
     shape : tuple of int
@@ -48,6 +57,8 @@ class Draws:
     more : callable, optional
         Further draws: of a number of draws and a seed, a mapping like ``samples``; or Draws,
         where the next further ones start elsewhere, as a chain does.
+    state : mapping of name to array
+        What a later fit goes on from, where the method can.
     """
 
     samples: Mapping[str, np.ndarray]
@@ -58,3 +69,6 @@ class Draws:
     losses: np.ndarray | None = None
     full_rate_steps: int = 0
     more: Callable[[int, int], Mapping[str, np.ndarray] | Draws] | None = None
+    loss_every: int = 1
+    epoch_steps: float = 1.0
+    state: Mapping[str, Any] = field(default_factory=dict)

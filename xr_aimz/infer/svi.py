@@ -24,14 +24,19 @@ from xr_aimz.infer.mcmc import init_strategy
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.model import tracing
 
-__all__ = ["STEPS", "run", "svi_for"]
+__all__ = ["STEPS", "run", "sample_guide", "svi_for"]
 
-STEPS, LEARNING_RATE, FULL_RATE = 10_000, 0.05, 0.7
+STEPS, LEARNING_RATE, FULL_RATE, LAST_RATE = 10_000, 0.05, 0.7, 1e-3
 _PIECES = 50
 
 
-def svi_for(model: Callable, guide: Any, optimizer: Any, init: Any, steps: int) -> SVI:
-    """An ``SVI`` from an autoguide (class or instance) and an optimizer."""
+def svi_for(
+    model: Callable, guide: Any, optimizer: Any, init: Any, steps: int, last: float = LAST_RATE
+) -> SVI:
+    """An ``SVI`` from an autoguide (class or instance) and an optimizer.
+
+    ``last`` is what an optimizer of our own shrinks its rate to, as a share of the full one.
+    """
     if guide is None or (inspect.isclass(guide) and issubclass(guide, AutoGuide)):
         kind: Any = AutoNormal if guide is None else guide
         made = kind(model, init_loc_fn=init_strategy(init))
@@ -39,11 +44,11 @@ def svi_for(model: Callable, guide: Any, optimizer: Any, init: Any, steps: int) 
         raise OptionError("init= goes with an autoguide class; this guide has its own start")
     else:
         made = guide
-    return SVI(model, made, _optimizer(optimizer, steps), Trace_ELBO())
+    return SVI(model, made, _optimizer(optimizer, steps, last), Trace_ELBO())
 
 
-def _optimizer(optimizer: Any, steps: int) -> Any:
-    """Adam from a learning rate, which shrinks to a thousandth at the end; else as given."""
+def _optimizer(optimizer: Any, steps: int, last: float) -> Any:
+    """Adam from a learning rate, which shrinks to a share of it at the end; else as given."""
     # A constant step ends in a cloud around the optimum as wide as the step; the sds of a
     # guide are wrong by as much. One that shrinks from the start stops anywhere, and the
     # loss would look as settled there as at the optimum.
@@ -53,7 +58,7 @@ def _optimizer(optimizer: Any, steps: int) -> Any:
 
         def schedule(step: Any) -> Any:
             descent = jax.numpy.clip((step - full) / max(steps - full, 1), 0, 1)
-            return rate * 1e-3**descent
+            return rate * last**descent
 
         return numpyro.optim.Adam(schedule)
     return optimizer
@@ -82,11 +87,11 @@ def run(
         check_guide(problem, svi.guide, svi.get_params(state))
         state, losses = _optimize(svi, state, arrays, rest, steps, progress)
         params = svi.get_params(state)
-        samples = _sample_guide(svi, problem, params, sample, draws)
+        samples = sample_guide(svi.guide, problem, params, sample, draws)
 
     def more(draws: int, seed: int) -> dict[str, np.ndarray]:
         with tracing(problem.block):
-            return _sample_guide(svi, problem, params, jax.random.key(seed), draws)
+            return sample_guide(svi.guide, problem, params, jax.random.key(seed), draws)
 
     names = {*problem.named("param")}
     kept = {name: value for name, value in params.items() if name in names}
@@ -124,20 +129,21 @@ def _optimize(
     return state, np.concatenate(losses)
 
 
-def _sample_guide(
-    svi: SVI, problem: Problem, params: Any, key: Any, draws: int
+def sample_guide(
+    guide: Any, problem: Problem, params: Any, key: Any, draws: int
 ) -> dict[str, np.ndarray]:
+    """Draws of a guide with those params, as one chain."""
     latent = problem.named("latent")
     if not latent:
         return {}
     # Where the loss is not finite, neither are the draws: a warning will say so, where
     # NumPyro's checks would raise before it.
     with numpyro.validation_enabled(False):
-        if isinstance(svi.guide, AutoGuide):
-            found = svi.guide.sample_posterior(key, params, sample_shape=(draws,))
+        if isinstance(guide, AutoGuide):
+            found = guide.sample_posterior(key, params, sample_shape=(draws,))
         else:
-            guide = Predictive(svi.guide, params=params, num_samples=draws)
-            found = guide(key, **problem.arguments)
+            drawer = Predictive(guide, params=params, num_samples=draws)
+            found = drawer(key, **problem.arguments)
     absent = [name for name in latent if name not in found]
     if absent:
         raise ModelError(f"the guide does not cover the latent sites {absent!r} of the model")
