@@ -25,7 +25,9 @@ ROOMS = (
     "binding",
     "inputs",
     "axes",
+    "worlds",
     "kernel",
+    "paths",
     "device",
     "labelling",
     "bound",
@@ -38,9 +40,14 @@ ROOMS = (
     "infer.methods",
     "fit",
     "from_posterior",
+    "targets",
+    "values",
+    "scenarios",
+    "interventions",
     "plan",
     "blocks",
     "predict",
+    "effects",
     "store",
     "describe",
     "accessor",
@@ -60,7 +67,7 @@ HOMES = {
 # What rooms must not see.
 BLIND = (
     (("errors", "options", "labels", "accessor", "__init__"), {"jax", "numpyro", "flax"}),
-    (("keys", "kernel", "device", "cellwise", "threefry"), {"pandas", "xarray"}),
+    (("keys", "kernel", "worlds", "device", "cellwise", "threefry"), {"pandas", "xarray"}),
 )
 NO_DEVICE = ("binding", "posterior", "effects")
 DEVICES = {"devices", "local_devices", "device_count", "local_device_count", "device_put"}

@@ -12,6 +12,7 @@ __all__ = [
     "ConvergenceWarning",
     "DimensionError",
     "DtypeError",
+    "InterventionError",
     "LabelError",
     "MissingVariableError",
     "ModelError",
@@ -56,6 +57,10 @@ class UnitsError(AimzError, ValueError):
 
 class DtypeError(AimzError, TypeError):
     """A variable's dtype has no place in a model: convert the variable."""
+
+
+class InterventionError(AimzError, ValueError):
+    """An intervention cannot be made, or cannot act: change ``do=``."""
 
 
 class ModelError(AimzError, ValueError):

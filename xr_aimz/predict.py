@@ -7,7 +7,7 @@ left for a task to find.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -25,6 +25,7 @@ from xr_aimz.blocks import Factory, Task, lazy_sites
 from xr_aimz.device import device_dtype, to_device_dtype, traced
 from xr_aimz.errors import MissingVariableError, ModelError, OptionError
 from xr_aimz.inputs import Inputs, gather
+from xr_aimz.interventions import Intervention, intervention
 from xr_aimz.kernel import Program, predictive
 from xr_aimz.kernel import log_likelihood as density_kernel
 from xr_aimz.labelling import on_labels, result_name, with_coords
@@ -34,7 +35,7 @@ from xr_aimz.options import get_options
 from xr_aimz.plan import Plan, plan
 from xr_aimz.posterior import Fit
 
-__all__ = ["log_likelihood", "predict"]
+__all__ = ["log_likelihood", "predict", "predictions"]
 
 
 def predict(
@@ -42,6 +43,7 @@ def predict(
     fit: Fit,
     *,
     sites: str | Sequence[str] | None = None,
+    do: Mapping[str, Any] | None = None,
     draws: int | None = None,
     seed: int = 0,
 ) -> xr.Dataset:
@@ -56,6 +58,9 @@ def predict(
     sites : str or sequence of str, optional
         Sites to return, by their own name or by their outcome's. By default the outcomes
         and the deterministics.
+    do : mapping, optional
+        What variables or sites are set to, as in :func:`intervene`; scenarios become
+        dimensions after ``draw``.
     draws : int, optional
         Use this many draws of each chain, evenly spaced. By default all.
     seed : int
@@ -72,21 +77,50 @@ def predict(
     ------
     MissingVariableError, DimensionError, DtypeError, UnitsError, LabelError, ChunkError
         Before any task runs.
+    InterventionError
+        ``do`` cannot be made, or cannot act.
 
     Examples
     --------
     >>> pred = ds.chunk(lat=10).aimz.predict(fit)  # doctest: +SKIP
     >>> pred.tas.mean(("chain", "draw")).plot()  # doctest: +SKIP
     """
+    result, _ = predictions(ds, fit, sites=sites, draws=draws, seed=seed, verb="predict", do=do)
+    return result
+
+
+def predictions(
+    ds: xr.Dataset,
+    fit: Fit,
+    *,
+    sites: str | Sequence[str] | None,
+    draws: int | None,
+    seed: int,
+    verb: str,
+    do: Mapping[str, Any] | None = None,
+    baseline: Mapping[str, Any] | None = None,
+    contrast: Callable | None = None,
+) -> tuple[xr.Dataset, tuple[str, ...]]:
+    """What :func:`predict` and :func:`intervene` return, and the names that ``do`` sets.
+
+    Outcomes have the attrs of their variables, whatever the contrast.
+    """
     posterior = _thinned(fit.posterior, draws)
     inputs = gather(fit.binding, ds, outcomes=False)
-    wanted = _Evaluation(fit, inputs, posterior, predictive, _chosen(fit, sites), seed)
+    chosen = _chosen(fit, sites)
+    under = None
+    if do is not None:
+        under = intervention(ds, fit, inputs, chosen, do=do, baseline=baseline, contrast=contrast)
+        inputs = under.added_to(inputs)
+        if contrast is not None and sites is None:
+            chosen = tuple(n for n in chosen if n in under.reached)
+    wanted = _Evaluation(fit, inputs, posterior, predictive, chosen, seed, under)
     result = _lazy(wanted)
     for name in wanted.sites:
         argument = fit.sites[name].obs_argument
         if argument is not None:
             result[result_name(fit.binding, fit.sites[name])].attrs.update(fit.attrs[argument])
-    return _dressed(result, ds, wanted, "predict")
+    return _dressed(result, ds, wanted, verb), () if under is None else under.names
 
 
 def log_likelihood(ds: xr.Dataset, fit: Fit, *, draws: int | None = None) -> xr.Dataset:
@@ -137,24 +171,33 @@ class _Evaluation:
     factory: Factory
     sites: tuple[str, ...]
     seed: int
+    under: Intervention | None = None
 
     @cached_property
     def program(self) -> Program:
         binding = self.fit.binding.without_data()
-        return Program(self.fit.model, binding, self.fit.sites, self.inputs.dims, self.sites)
+        worlds = None if self.under is None else self.under.worlds
+        fit = self.fit
+        return Program(fit.model, binding, fit.sites, self.inputs.dims, self.sites, worlds)
 
     @cached_property
     def latents(self) -> dict[str, xr.DataArray]:
         """Draws of each latent site, a local one on the labels of this Dataset."""
+        redrawn = frozenset() if self.under is None else self.under.worlds.redrawn
         return {
             name: on_labels(self.posterior, site, self.fit.binding, self.inputs)
             for name, site in self.fit.sites.items()
-            if site.kind == "latent"
+            if site.kind == "latent" and name not in redrawn
         }
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.posterior.sizes.get("chain", 1), self.posterior.sizes.get("draw", 1)
+
+    def dims(self, site: str) -> tuple[str, ...]:
+        """Those of a site's result after chain and draw."""
+        own = dims_in_dataset(self.fit.sites[site], self.fit.binding)
+        return (*self.program.leading, *own)
 
     def structs(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a kernel is called with, for one draw of a block of those sizes."""
@@ -214,8 +257,7 @@ def _lazy(wanted: _Evaluation) -> xr.Dataset:
     if any(padded[d] != inputs.sizes[d] for d in padded):
         structs, name = wanted.traced({**inputs.sizes, **padded})
     outputs = {
-        site: (dims_in_dataset(fit.sites[site], binding)[: len(struct.shape)], struct)
-        for site, struct in structs.items()
+        site: (wanted.dims(site)[: len(struct.shape)], struct) for site, struct in structs.items()
     }
     task = Task(
         name=name,
@@ -289,8 +331,12 @@ def _thinned(posterior: xr.Dataset, draws: int | None) -> xr.Dataset:
 def _dressed(result: xr.Dataset, ds: xr.Dataset, wanted: _Evaluation, verb: str) -> xr.Dataset:
     """The coordinates and attrs that a result has from its Dataset and its fit."""
     draws = {d: wanted.posterior[d] for d in ("chain", "draw") if d in wanted.posterior.coords}
-    result = with_coords(result.assign_coords(draws), wanted.fit.binding, wanted.inputs)
+    worlds = {} if wanted.under is None else wanted.under.coords
+    result = with_coords(
+        result.assign_coords({**draws, **worlds}), wanted.fit.binding, wanted.inputs
+    )
     result = result.squeeze([d for d in wanted.inputs.scalars if d in result.dims])
     line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}: xr_aimz {verb} of {wanted.fit.method}"
+    line += "" if wanted.under is None else f"; {wanted.under}"
     history = "\n".join(filter(None, [str(ds.attrs.get("history", "")), line]))
     return result.assign_attrs({**ds.attrs, "history": history})
