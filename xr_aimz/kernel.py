@@ -24,7 +24,7 @@ from xr_aimz.axes import TABLE, shape_in_dataset, shape_in_model
 from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.errors import ModelError
 from xr_aimz.model import Block, Site
-from xr_aimz.worlds import Forced, Worlds, contrasted, replaced, settings
+from xr_aimz.worlds import Forced, Worlds, contrasted, dims_replaced, settings
 
 __all__ = ["Program", "log_likelihood", "predictive"]
 
@@ -124,12 +124,11 @@ def _in_worlds(
 ) -> dict[str, jax.Array]:
     """The values of every world, and of those the contrasts."""
     binding, arrays = program.binding, shared["arrays"]
+    here = replace(program, dims=dims_replaced(worlds, binding, program.dims))
 
     def one(now: Any) -> dict[str, jax.Array]:
-        seen, dims = replaced(worlds, binding, program.dims, arrays, sizes, now)
-        here = replace(program, dims=dims)
-        force = partial(Forced, worlds=worlds, now=now)
-        return values(here, draw, {**shared, "arrays": seen}, force)
+        seen = {**shared, "arrays": {**arrays, **now["arrays"]}}
+        return values(here, draw, seen, partial(Forced, worlds=worlds, now=now))
 
     # A map, not a vmap: in other lanes of a vector the same numbers may round otherwise.
     # XLA takes out of its loop what no world changes.

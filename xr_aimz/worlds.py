@@ -18,17 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.primitives import Messenger
 
-from xr_aimz.axes import TABLE, dims_in_dataset
+from xr_aimz.axes import TABLE, dims_in_dataset, shape_in_model
 from xr_aimz.binding import Binding
 from xr_aimz.errors import ModelError
 from xr_aimz.model import Site
 
-__all__ = ["Change", "Forced", "Value", "Worlds", "contrasted", "replaced", "settings"]
+__all__ = ["Change", "Forced", "Value", "Worlds", "contrasted", "dims_replaced", "settings"]
 
-_LEFT, _VALUE, _FUNCTION = 0, 1, 2  # the first function's code; the next ones count on
 Dims = tuple[str, ...]
-# For each target: the value and the code of one world; stacked, of all of them.
-Now = Mapping[str, tuple[jax.Array, jax.Array]]
+# What changes from world to world; stacked, with the worlds as leading axis. "arrays" are those
+# of the arguments, replaced; "sites" the value of each site and where it, or a function, is taken.
+Now = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Change:
 
     @property
     def functions(self) -> tuple[Callable, ...]:
-        return tuple(w for w in self.worlds if w is not None and not isinstance(w, Value))
+        """Each once."""
+        made = (w for w in self.worlds if w is not None and not isinstance(w, Value))
+        return tuple({id(f): f for f in made}.values())
 
 
 @dataclass(frozen=True)
@@ -91,47 +93,78 @@ def settings(
     arrays: Mapping[str, jax.Array],
     sizes: Mapping[str, int],
 ) -> Now:
-    """For every target its value and code, with the worlds as leading axis."""
-    found = {}
-    for change in worlds.arguments:
-        over = _dims_replaced(change, binding, dims)
-        found[f"argument {change.target}"] = _stacked(change, dims, arrays, over)
-    for change in worlds.sites:
-        site = sites[change.target]
-        over = dims_in_dataset(site, binding)
-        value, code = _stacked(change, dims, arrays, over)
-        found[f"site {site.name}"] = _in_model(value, site, binding, sizes), code
-    return found
+    """All that differs between the worlds, stacked: to be mapped over."""
+    # Arguments are replaced and masks spread out here, before the map: a program that chose by
+    # world in its loop would be compiled to a branch for each, and those round differently.
+    made = {c.target: _replaced(c, binding, dims, arrays, sizes) for c in worlds.arguments}
+    told = {
+        c.target: _told(c, sites[c.target], binding, dims, arrays, sizes) for c in worlds.sites
+    }
+    return {"arrays": made, "sites": told}
 
 
-def _dims_replaced(change: Change, binding: Binding, dims: Mapping[str, Dims]) -> Dims:
-    """Those that the argument has, and what observation dims its new values add."""
+def dims_replaced(worlds: Worlds, binding: Binding, dims: Mapping[str, Dims]) -> dict[str, Dims]:
+    """The dims of the arrays: those replaced may have gained observation dims."""
+    return {**dims, **{c.target: _dims_over(c, binding, dims) for c in worlds.arguments}}
+
+
+def _dims_over(change: Change, binding: Binding, dims: Mapping[str, Dims]) -> Dims:
     own = dims[change.target]
     there = set(own).union(*(dims[v.key] for v in change.values))
     return (*(d for d in binding.dims if d in there), *(d for d in own if d not in binding.dims))
 
 
+def _replaced(
+    change: Change,
+    binding: Binding,
+    dims: Mapping[str, Dims],
+    arrays: Mapping[str, jax.Array],
+    sizes: Mapping[str, int],
+) -> jax.Array:
+    key, over = change.target, _dims_over(change, binding, dims)
+    lengths = dict(zip(dims[key], arrays[key].shape, strict=True)) | dict(sizes)
+    current = _laid(Value(key, {}), dims[key], arrays[key], over)
+    value, told = _stacked(change, dims, arrays, over)
+    made = _either(change, current, value, told)
+    return jnp.broadcast_to(made, (len(change.worlds), *(lengths[d] for d in over)))
+
+
+def _told(
+    change: Change,
+    site: Site,
+    binding: Binding,
+    dims: Mapping[str, Dims],
+    arrays: Mapping[str, jax.Array],
+    sizes: Mapping[str, int],
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    """The value, where it is taken, and where each function is, on the site's own axes."""
+    value, told = _stacked(change, dims, arrays, dims_in_dataset(site, binding))
+    shape = (len(change.worlds), *shape_in_model(site, binding, sizes))
+
+    def whole(array: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(_in_model(array, site, binding, sizes), shape)
+
+    by_function = [np.array([w is f for w in change.worlds]) for f in change.functions]
+    ones = (1,) * (len(shape) - 1)
+    masks = tuple(jnp.broadcast_to(m.reshape(-1, *ones), shape) for m in by_function)
+    return whole(value), whole(told), masks
+
+
 def _stacked(
     change: Change, dims: Mapping[str, Dims], arrays: Mapping[str, jax.Array], over: Dims
 ) -> tuple[jax.Array, jax.Array]:
-    codes, values = [], []
-    functions = change.functions
-    for setting in change.worlds:
-        if isinstance(setting, Value):
-            values.append(_laid(setting, dims[setting.key], arrays[setting.key], over))
-            codes.append(_VALUE)
-        else:
-            # By identity: functions may be equal and yet not the same.
-            values.append(jnp.zeros((1,) * len(over), _least(change, arrays)))
-            place = next((i for i, f in enumerate(functions) if f is setting), None)
-            codes.append(_LEFT if place is None else _FUNCTION + place)
-    return jnp.stack(jnp.broadcast_arrays(*values)), jnp.asarray(np.array(codes, np.int32))
-
-
-def _least(change: Change, arrays: Mapping[str, jax.Array]) -> Any:
-    """A dtype that promotes none of the values."""
-    kinds = [arrays[v.key].dtype for v in change.values]
-    return jnp.result_type(*kinds) if kinds else jnp.bool_
+    """The values of all worlds, and where they are taken: in their world, and if not NaN."""
+    values = [
+        _laid(w, dims[w.key], arrays[w.key], over) if isinstance(w, Value) else None
+        for w in change.worlds
+    ]
+    there = [v for v in values if v is not None]
+    blank = jnp.zeros((1,) * len(over), jnp.result_type(*there) if there else bool)
+    stacked = jnp.stack(jnp.broadcast_arrays(*(blank if v is None else v for v in values)))
+    given = np.array([v is not None for v in values]).reshape(-1, *blank.shape)
+    if not jnp.issubdtype(stacked.dtype, jnp.floating):
+        return stacked, jnp.broadcast_to(given, stacked.shape)
+    return stacked, jnp.asarray(given) & ~jnp.isnan(stacked)
 
 
 def _laid(value: Value, dims: Dims, array: jax.Array, over: Dims) -> jax.Array:
@@ -158,47 +191,11 @@ def _in_model(
     return jnp.reshape(value, value.shape[:1] + axes)
 
 
-def replaced(
-    worlds: Worlds,
-    binding: Binding,
-    dims: Mapping[str, Dims],
-    arrays: Mapping[str, jax.Array],
-    sizes: Mapping[str, int],
-    now: Now,
-) -> tuple[dict[str, jax.Array], dict[str, Dims]]:
-    """The arrays of one world, and their dims: a new value may bring observation dims."""
-    arrays, dims = dict(arrays), dict(dims)
-    for change in worlds.arguments:
-        key, over = change.target, _dims_replaced(change, binding, dims)
-        lengths = dict(zip(dims[key], arrays[key].shape, strict=True)) | dict(sizes)
-        current = _laid(Value(key, {}), dims[key], arrays[key], over)
-        shape = tuple(lengths[d] for d in over)
-        arrays[key] = jnp.broadcast_to(_changed(change, current, now[f"argument {key}"]), shape)
-        dims[key] = over
-    return arrays, dims
-
-
-def _changed(change: Change, current: jax.Array, now: tuple[jax.Array, jax.Array]) -> jax.Array:
-    value, code = now
+def _either(change: Change, current: jax.Array, value: jax.Array, told: jax.Array) -> jax.Array:
     dtype = _dtype(change, current, value)
-    result = current.astype(dtype)
-    if change.values:
-        told = code == _VALUE
-        if jnp.issubdtype(value.dtype, jnp.floating):
-            told = told & ~jnp.isnan(value)
-            # NaN has no integer, and is not taken.
-            value = jnp.where(told, value, 0)
-        result = jnp.where(told, value.astype(dtype), result)
-    for place, function in enumerate(change.functions):
-        made = jnp.asarray(function(current))
-        if made.shape != current.shape:
-            raise ModelError(
-                f"do={{{change.target!r}: ...}}: the function made shape {made.shape!r} of "
-                f"{current.shape!r}; it must keep the shape of the site's value"
-            )
-        wider = jnp.promote_types(result.dtype, made.dtype)
-        result = jnp.where(code == _FUNCTION + place, made.astype(wider), result.astype(wider))
-    return result
+    # NaN has no integer, and is not taken.
+    value = jnp.where(told, value, jnp.zeros_like(value))
+    return jnp.where(told, value.astype(dtype), current.astype(dtype))
 
 
 def _dtype(change: Change, current: jax.Array, value: jax.Array) -> Any:
@@ -223,13 +220,28 @@ class Forced(Messenger):  # type: ignore[misc] # NumPyro is untyped
         if change is None:
             return
         current = jnp.asarray(msg["value"])
-        made = _changed(change, current, self._now[f"site {change.target}"])
-        if made.shape != current.shape:
+        value, told, masks = self._now["sites"][change.target]
+        if told.shape != current.shape:
             raise ModelError(
-                f"do={{{change.target!r}: ...}} is of shape {made.shape!r} in the model, where "
+                f"do={{{change.target!r}: ...}} is of shape {told.shape!r} in the model, where "
                 f"the site's value is of shape {current.shape!r}"
             )
+        made = _either(change, current, value, told)
+        for function, mask in zip(change.functions, masks, strict=True):
+            made = _by_function(change, function, mask, current, made)
         msg["value"] = made
+
+
+def _by_function(
+    change: Change, function: Callable, mask: jax.Array, current: jax.Array, made: jax.Array
+) -> jax.Array:
+    found = jnp.asarray(function(current))
+    if found.shape != current.shape:
+        raise ModelError(
+            f"do={{{change.target!r}: ...}}: the function made shape {found.shape!r} of "
+            f"{current.shape!r}; it must keep the shape of the site's value"
+        )
+    return jnp.where(mask, found, made)
 
 
 def contrasted(worlds: Worlds, values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
