@@ -104,7 +104,7 @@ def below(
 def _through_scan(eqn: Any, sources: list[frozenset[str]]) -> list[frozenset[str]]:
     """What reaches each output of a scan: the body, again until its carry has settled."""
     # NumPyro takes every output of a scan to be made from every input.
-    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries = _groups(eqn.params)
     fixed, carry, rows = (
         sources[:consts],
         sources[consts : consts + carries],
@@ -116,6 +116,15 @@ def _through_scan(eqn: Any, sources: list[frozenset[str]]) -> list[frozenset[str
         if after == carry:
             return out
         carry = after
+
+
+def _groups(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many its carry."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # In jax 0.12 they are three groups of a tree.
+    constants, carry, _ = params["ft_in"].unpack()
+    return len(constants), len(carry)
 
 
 provenance.track_deps_rules.setdefault(scan_p, _through_scan)
