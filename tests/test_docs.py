@@ -60,9 +60,10 @@ def test_some_docstrings_have_examples():
     assert any(test.examples for test in finder.find(sys.modules["xr_aimz.fit"]))
 
 
-def test_examples_in_pages():
+@pytest.mark.parametrize("page", ["concepts", "effects"])
+def test_examples_in_pages(page):
     failed, attempted = doctest.testfile(
-        str(DOCS / "concepts.md"), module_relative=False, optionflags=FLAGS, encoding="utf8"
+        str(DOCS / f"{page}.md"), module_relative=False, optionflags=FLAGS, encoding="utf8"
     )
     assert attempted > 10
     assert not failed

@@ -28,7 +28,9 @@ ROOMS = (
     "axes",
     "blanks",
     "missing",
+    "worlds",
     "kernel",
+    "paths",
     "device",
     "labelling",
     "bound",
@@ -61,12 +63,18 @@ ROOMS = (
     "unseen",
     "upstream",
     "given",
+    "targets",
+    "values",
+    "scenarios",
+    "interventions",
     "plan",
     "reduction",
     "summary",
     "blocks",
+    "evaluation",
     "predict",
     "prior",
+    "effects",
     "manifest",
     "rounding",
     "scheduling",
@@ -92,7 +100,7 @@ HOMES = {
 # What rooms must not see.
 BLIND = (
     (("errors", "options", "labels", "accessor", "__init__"), {"jax", "numpyro", "flax"}),
-    (("keys", "kernel", "device", "cellwise", "threefry"), {"pandas", "xarray"}),
+    (("keys", "kernel", "worlds", "device", "cellwise", "threefry"), {"pandas", "xarray"}),
 )
 NO_DEVICE = ("binding", "posterior", "effects")
 DEVICES = {"devices", "local_devices", "device_count", "local_device_count", "device_put"}

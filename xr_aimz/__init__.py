@@ -18,6 +18,7 @@ from xr_aimz.options import get_options, set_options
 
 if TYPE_CHECKING:
     from xr_aimz.describe import describe
+    from xr_aimz.effects import intervene
     from xr_aimz.fit import fit
     from xr_aimz.from_posterior import from_posterior
     from xr_aimz.model import plate
@@ -35,6 +36,7 @@ __all__ = [
     "fit",
     "from_posterior",
     "get_options",
+    "intervene",
     "log_likelihood",
     "open_zarr",
     "plate",
@@ -50,6 +52,7 @@ _ROOMS = {
     "describe": "describe",
     "fit": "fit",
     "from_posterior": "from_posterior",
+    "intervene": "effects",
     "log_likelihood": "predict",
     "open_zarr": "store",
     "plate": "model",

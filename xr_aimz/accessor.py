@@ -50,6 +50,12 @@ class AimzAccessor:
 
         return prior_predictive(self._ds, model, variables, **options)
 
+    def intervene(self, fit: Fit, do: Any, **options: Any) -> xr.Dataset:
+        """The effect of setting variables or sites, lazily. See :func:`xr_aimz.intervene`."""
+        from xr_aimz.effects import intervene
+
+        return intervene(self._ds, fit, do, **options)
+
     def log_likelihood(self, fit: Fit, **options: Any) -> xr.Dataset:
         """The log density of each observation, lazily. See :func:`xr_aimz.log_likelihood`."""
         from xr_aimz.predict import log_likelihood

@@ -244,8 +244,9 @@ def _run_block(task: Task, *blocks: np.ndarray) -> dict[str, np.ndarray]:
         },
     )
     check_whole(binding, task.program.sites, parts["array"], outputs)
+    leading, sites = task.program.leading, task.program.sites
     draws = {
-        site: _cut(value, dims_in_dataset(task.program.sites[site], binding), lengths, shape)
+        site: _cut(value, (*leading, *dims_in_dataset(sites[site], binding)), lengths, shape)
         for site, value in outputs.items()
     }
     return task.after(draws)

@@ -14,6 +14,7 @@ __all__ = [
     "DimensionError",
     "DtypeError",
     "IncompleteStoreError",
+    "InterventionError",
     "LabelError",
     "MemoryLimitError",
     "MissingValueError",
@@ -74,6 +75,10 @@ class UnitsError(AimzError, ValueError):
 
 class DtypeError(AimzError, TypeError):
     """A variable's dtype has no place in a model: convert the variable."""
+
+
+class InterventionError(AimzError, ValueError):
+    """An intervention cannot be made, or cannot act: change ``do=``."""
 
 
 class ModelError(AimzError, ValueError):

@@ -11,7 +11,8 @@ other cells drawn.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -26,6 +27,7 @@ from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.blanks import blank
 from xr_aimz.errors import ModelError, RandomnessError
 from xr_aimz.model import Block, Site
+from xr_aimz.worlds import Forced, Worlds, contrasted, dims_replaced, settings
 
 __all__ = [
     "CONDITION",
@@ -65,6 +67,8 @@ class Program:
         The dims of each array that a block passes in.
     returns : tuple of str
         The sites whose values are wanted.
+    worlds : Worlds, optional
+        Interventions under which the model is run, side by side.
     """
 
     model: Callable
@@ -72,6 +76,12 @@ class Program:
     sites: Mapping[str, Site]
     dims: Mapping[str, tuple[str, ...]]
     returns: tuple[str, ...]
+    worlds: Worlds | None = None
+
+    @property
+    def leading(self) -> tuple[str, ...]:
+        """Dims that come before those of the sites: those of the scenarios."""
+        return () if self.worlds is None else tuple(self.worlds.dims)
 
     @property
     def keyed(self) -> tuple[str, ...]:
@@ -121,8 +131,10 @@ def _call(
     """Run the model for one draw, and read something of each returned site."""
     block = block_of(program.binding, sizes)
 
-    def call(draw: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, jax.Array]:
-        trace = _run(program, block, draw, shared)
+    def values(
+        program: Program, draw: Mapping[str, Any], shared: Mapping[str, Any], force: Any = None
+    ) -> dict[str, jax.Array]:
+        trace = _run(program, block, draw, shared, force)
         passed = arrange(program.binding, shared["arrays"], program.dims, block)
         found = {}
         for name in program.returns:
@@ -132,11 +144,39 @@ def _call(
             found[name] = _out(program, site, dims, value, sizes)
         return found
 
-    return call
+    if program.worlds is None:
+        return partial(values, program)
+    return partial(_in_worlds, program, program.worlds, values, sizes)
+
+
+def _in_worlds(
+    program: Program,
+    worlds: Worlds,
+    values: Callable[..., dict[str, jax.Array]],
+    sizes: Mapping[str, int],
+    draw: Mapping[str, Any],
+    shared: Mapping[str, Any],
+) -> dict[str, jax.Array]:
+    """The values of every world, and of those the contrasts."""
+    binding, arrays = program.binding, shared["arrays"]
+    here = replace(program, dims=dims_replaced(worlds, binding, program.dims))
+
+    def one(now: Any) -> dict[str, jax.Array]:
+        seen = {**shared, "arrays": {**arrays, **now["arrays"]}}
+        return values(here, draw, seen, partial(Forced, worlds=worlds, now=now))
+
+    # A map, not a vmap: in other lanes of a vector the same numbers may round otherwise.
+    # XLA takes out of its loop what no world changes.
+    now = settings(worlds, program.sites, binding, program.dims, arrays, sizes)
+    return contrasted(worlds, jax.lax.map(one, now))
 
 
 def _run(
-    program: Program, block: Block, draw: Mapping[str, Any], shared: Mapping[str, Any]
+    program: Program,
+    block: Block,
+    draw: Mapping[str, Any],
+    shared: Mapping[str, Any],
+    force: Callable[[Callable], Callable] | None = None,
 ) -> Mapping[str, Any]:
     passed = arrange(program.binding, shared["arrays"], program.dims, block)
     known = dict(shared["params"])
@@ -152,7 +192,7 @@ def _run(
     drawn = handlers.substitute(model, substitute_fn=drawer)
     if any(program.sites[name].scanned for name in given):
         drawn = _Forwards(drawn)
-    trace = handlers.trace(drawn).get_trace(**passed)
+    trace = handlers.trace(drawn if force is None else force(drawn)).get_trace(**passed)
     _check_trace(program, trace, known)
     return trace
 
@@ -250,6 +290,8 @@ def _address(fn: Any, site: Site, dims: Dims, addresses: Addresses) -> list[keys
     named = dims[len(dims) - len(batch) :]
     found: list[keys.Words] = []
     for axis, (dim, length) in enumerate(zip(named, batch, strict=True)):
+        if dim is None and length > 1:
+            raise _widened(site, batch)
         if dim not in addresses:
             found.append(keys.positions(len(batch) - axis, length))
         elif len(addresses[dim]) == length:
@@ -269,6 +311,10 @@ def _out(program: Program, site: Site, dims: Dims, value: Any, sizes: Mapping[st
     lengths = {**sizes, TABLE: prod(sizes[d] for d in program.binding.dims)}
     observed = {*program.binding.dims, TABLE}
     shape = (1,) * (len(dims) - value.ndim) + value.shape
+    if len(shape) > len(dims) or any(
+        d is None and n > 1 for d, n in zip(dims, shape, strict=True)
+    ):
+        raise _widened(site, value.shape)
     whole = tuple(
         lengths[d] if d in observed and d is not None else n
         for d, n in zip(dims, shape, strict=True)
@@ -280,6 +326,14 @@ def _out(program: Program, site: Site, dims: Dims, value: Any, sizes: Mapping[st
         )
     value = jnp.broadcast_to(jnp.reshape(value, shape), whole)
     return jnp.reshape(value, shape_in_dataset(dims, program.binding, sizes, whole))
+
+
+def _widened(site: Site, shape: tuple[int, ...]) -> ModelError:
+    return ModelError(
+        f"site {site.name!r} has shape {shape!r} on this block, and at the fit had length 1 "
+        "along some of those axes: an input has gained a dimension that the site lacks, as by "
+        "do= on part of a region. Leave the site out of sites=, or give the value without it"
+    )
 
 
 def _known(program: Program, name: str) -> Site:

@@ -20,9 +20,8 @@ from xr_aimz.device import device_dtype
 from xr_aimz.errors import ModelError, OptionError
 from xr_aimz.fit import assemble
 from xr_aimz.infer.problem import Draws
-from xr_aimz.inputs import gather
 from xr_aimz.model import Site, observed_through, parameters
-from xr_aimz.predict import draw_sites
+from xr_aimz.predict import Question, answered, asked, attrs_of
 
 __all__ = ["prior_predictive"]
 
@@ -40,6 +39,7 @@ def prior_predictive(
     core_dim: str | tuple[str, ...] | None = None,
     layout: str = "grid",
     sites: str | Sequence[str] | None = None,
+    do: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
     """Prior predictive draws for a Dataset, lazily: what the model says before it is fitted.
 
@@ -61,6 +61,9 @@ def prior_predictive(
         Sites to return, latents among them, by their own name or by their outcome's. By
         default the outcomes and the deterministics: what ArviZ keeps in its group
         ``prior_predictive``; latents are its ``prior``. Both are of the same draws.
+    do : mapping, optional
+        What variables or sites are set to, as in :func:`intervene`; scenarios become
+        dimensions after ``draw``.
 
     Returns
     -------
@@ -101,8 +104,8 @@ def prior_predictive(
     empty = xr.Dataset(coords={d: (d, n) for d, n in number.items()})
     source = getattr(model, "__name__", "a model")
     known_nothing = assemble(bound, empty, Draws({}, (1, int(draws)), source))
-    inputs = gather(bound.binding, ds, outcomes=False)
-    return draw_sites(ds, known_nothing, empty, inputs, sites, seed, "prior_predictive")
+    wanted = asked(ds, known_nothing, Question(sites=sites, do=do, seed=seed))
+    return answered(ds, wanted, attrs_of(wanted), "prior_predictive")
 
 
 class _Anything:

@@ -1,0 +1,177 @@
+"""The effect of an intervention: worlds held against a baseline, draw by draw.
+
+Scenarios and baseline are run in one task for each block, on the same inputs, the same
+posterior draws and the same random numbers. What is left of their contrast is the effect,
+with the uncertainty of the effect and of nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import xarray as xr
+
+from xr_aimz.errors import OptionError
+from xr_aimz.given import Condition
+from xr_aimz.posterior import Fit
+from xr_aimz.predict import Question, answered, asked, attrs_of
+from xr_aimz.unseen import check_draws
+
+__all__ = ["intervene"]
+
+Attrs = Mapping[str, Any]
+
+
+def intervene(
+    ds: xr.Dataset,
+    fit: Fit,
+    do: Mapping[str, Any],
+    *,
+    baseline: Mapping[str, Any] | None = None,
+    contrast: str | Callable | None = "difference",
+    sites: str | Sequence[str] | None = None,
+    condition: Condition | None = None,
+    draws: int | None = None,
+    seed: int = 0,
+    new_labels: str = "raise",
+    summary: Any = None,
+) -> xr.Dataset:
+    """The effect of setting variables or sites, lazily, with paired draws.
+
+    Parameters
+    ----------
+    ds : Dataset
+        With the variables that the fit took, less the outcomes; see :func:`predict`.
+    fit : Fit
+    do : mapping
+        For the name of an argument, of the variable that it is bound to, or of a latent or
+        observed site: what it is set to. A number; a DataArray, aligned by label and
+        broadcast by name, where NaN and absent labels leave a cell alone; or a callable of
+        the current DataArray, such as ``lambda co2: co2 + 100``, which keeps its dims (for
+        a site, of the current array, cell by cell). A DataArray's dimension that neither
+        the Dataset nor the model has is one of scenarios; values that share such a
+        dimension vary together. Or a mapping of names of scenarios to such mappings, for a
+        dimension ``scenario``.
+    baseline : mapping, optional
+        What is set in the world that scenarios are held against. By default nothing is.
+        Scenarios do not inherit from it.
+    contrast : {"difference", "ratio", "percent"} or callable or None
+        Of ``(scenario, baseline)``, cell by cell, within each draw. With ``None``, the
+        scenarios side by side, after the baseline as the first label of ``scenario``; a
+        sweep over a dimension of levels has no place for a baseline, and leaves it out.
+    sites : str or sequence of str, optional
+        Sites to return, by their own name or by their outcome's. By default those of the
+        outcomes and deterministics that the intervention reaches.
+    draws : int, optional
+        Use this many draws of each chain, evenly spaced. By default all.
+    condition, new_labels, summary : optional
+        As for :func:`predict`: outcomes that are known in some cells, labels that the fit
+        never saw, statistics over chains and draws in place of these.
+    seed : int
+        As for :func:`predict`: the same seed, the same noise.
+
+    Returns
+    -------
+    Dataset
+        Lazy, dask-backed, dims ``(chain, draw, *scenarios, *observation dims, *event
+        dims)``. Differences keep their units; ratios have ``"1"`` and percentages ``"%"``.
+        The cost is that of a prediction for every scenario, less what they share.
+
+    Raises
+    ------
+    MissingVariableError
+        ``do`` names what the model does not have.
+    InterventionError
+        It names a deterministic, a site in a scan or a name of two things; or what it sets
+        can reach no site that is asked for.
+    LabelError, DimensionError, UnitsError, DtypeError
+        A value does not fit the Dataset.
+
+    Notes
+    -----
+    A latent site below what is set is drawn given it, in the baseline too; those above keep
+    their posterior (Pearl, *Causality*, 2009, section 3.4). This takes the model's arrows
+    for causes: whether they are is for the user to know.
+
+    Examples
+    --------
+    >>> effect = ds.aimz.intervene(fit, {"co2": 280.0})  # doctest: +SKIP
+    >>> effect.tas.mean("time").quantile([0.05, 0.95], ("chain", "draw"))  # doctest: +SKIP
+    """
+    how = _contrast(contrast)
+    question = Question(
+        sites=sites,
+        do=do,
+        baseline={} if baseline is None else baseline,
+        contrast=how.function,
+        condition=condition,
+        draws=draws,
+        seed=seed,
+        new_labels=new_labels,
+        summary=summary,
+    )
+    check_draws(fit.posterior, fit.sites, fit.binding)
+    wanted = asked(ds, fit, question)
+    on = " and ".join(wanted.under.names if wanted.under else ())
+    attrs = attrs_of(wanted)
+    if how.function is not None:
+        attrs = {name: how.attrs(name, old, on) for name, old in attrs.items()}
+    return answered(ds, wanted, attrs, f"intervene ({how.name})")
+
+
+@dataclass(frozen=True)
+class _Contrast:
+    """A contrast and what its result is called, ``{of}`` and ``{on}`` standing for both ends."""
+
+    name: str
+    function: Callable | None
+    long_name: str = ""
+    units: str | None = None
+    keeps_units: bool = False
+
+    def attrs(self, name: str, attrs: Attrs, on: str) -> dict[str, Any]:
+        of = attrs.get("long_name", name)
+        units = attrs.get("units") if self.keeps_units else self.units
+        found = {"long_name": self.long_name.format(of=of, on=on)}
+        return found | ({} if units is None else {"units": units})
+
+
+def _signed(array: jax.Array) -> jax.Array:
+    return array.astype(int) if array.dtype == bool else array
+
+
+def _difference(scenario: jax.Array, baseline: jax.Array) -> jax.Array:
+    return _signed(scenario) - _signed(baseline)
+
+
+def _ratio(scenario: jax.Array, baseline: jax.Array) -> jax.Array:
+    return jnp.true_divide(scenario, baseline)
+
+
+def _percent(scenario: jax.Array, baseline: jax.Array) -> jax.Array:
+    return 100 * jnp.true_divide(_difference(scenario, baseline), baseline)
+
+
+_CONTRASTS = {
+    "difference": _Contrast("difference", _difference, "effect of {on} on {of}", None, True),
+    "ratio": _Contrast("ratio", _ratio, "ratio of {of} under {on} to baseline", "1"),
+    "percent": _Contrast("percent", _percent, "relative effect of {on} on {of}", "%"),
+}
+
+
+def _contrast(contrast: str | Callable | None) -> _Contrast:
+    if contrast is None:
+        return _Contrast("side by side", None)
+    if callable(contrast):
+        name = getattr(contrast, "__name__", type(contrast).__name__)
+        return _Contrast(name, contrast, f"{name} of {{of}} under {{on}} and baseline")
+    if contrast not in _CONTRASTS:
+        raise OptionError(
+            f"contrast={contrast!r}: there are {list(_CONTRASTS)!r}, a callable of (scenario, "
+            "baseline), and None"
+        )
+    return _CONTRASTS[contrast]

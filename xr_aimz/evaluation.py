@@ -1,0 +1,245 @@
+"""A kernel evaluated on a Dataset, for the draws of a posterior: a lazy array for each site.
+
+An :class:`Evaluation` says which kernel, on what, for which draws. :func:`evaluate` traces
+it on the shapes of one block, cuts it into tasks, sees to it that no block needs another,
+and lays out the graph. Nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import numpy as np
+import xarray as xr
+from numpyro.ops.provenance import eval_provenance
+
+from xr_aimz import keys
+from xr_aimz.axes import dims_in_dataset, shape_in_model
+from xr_aimz.binding import block_of
+from xr_aimz.blocks import Factory, Task, lazy_sites
+from xr_aimz.device import device_dtype, to_device_dtype, traced
+from xr_aimz.errors import ModelError
+from xr_aimz.guard import check_split
+from xr_aimz.inputs import Inputs
+from xr_aimz.interventions import Intervention
+from xr_aimz.kernel import KNOWN, Program
+from xr_aimz.labelling import result_name
+from xr_aimz.labels import label_words
+from xr_aimz.model import Site, tracing
+from xr_aimz.options import get_options
+from xr_aimz.plan import Plan, plan, plan_cells
+from xr_aimz.posterior import Fit
+from xr_aimz.reduction import Statistic, reduce, suffixed
+from xr_aimz.reduction import outputs as reduced
+from xr_aimz.unseen import latent_draws
+from xr_aimz.upstream import Origin, origins
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Which kernel is to be evaluated, on what, for which draws."""
+
+    fit: Fit
+    inputs: Inputs
+    posterior: xr.Dataset
+    factory: Factory
+    sites: tuple[str, ...]
+    seed: int
+    statistics: tuple[Statistic, ...] = ()
+    under: Intervention | None = None
+
+    @cached_property
+    def program(self) -> Program:
+        binding = self.fit.binding.without_data()
+        worlds = None if self.under is None else self.under.worlds
+        fit = self.fit
+        return Program(fit.model, binding, fit.sites, self.inputs.dims, self.sites, worlds)
+
+    @cached_property
+    def latents(self) -> dict[str, xr.DataArray]:
+        """Draws of each latent site, a local one on the labels of this Dataset."""
+        return {
+            name: latent_draws(self.posterior, site, self.fit.binding, self.inputs)
+            for name, site in self.fit.sites.items()
+            if site.kind == "latent" and name not in self.drawn
+        }
+
+    @cached_property
+    def drawn(self) -> tuple[str, ...]:
+        """The sites that are drawn in every cell, unless they are given."""
+        redrawn = frozenset() if self.under is None else self.under.worlds.redrawn
+
+        def known(name: str, site: Site) -> bool:
+            return name not in redrawn and result_name(self.fit.binding, site) in self.posterior
+
+        return tuple(
+            name
+            for name, site in self.fit.sites.items()
+            if site.kind == "observed" or (site.kind == "latent" and not known(name, site))
+        )
+
+    @property
+    def origins(self) -> dict[str, Origin]:
+        """What the distribution of each site is made from."""
+        sizes = self.inputs.sizes
+        return origins(self.program, sizes, *self.structs(sizes, drawn=True))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.posterior.sizes.get("chain", 1), self.posterior.sizes.get("draw", 1)
+
+    def dims(self, site: str) -> tuple[str, ...]:
+        """Those of a site's result after chain and draw."""
+        own = dims_in_dataset(self.fit.sites[site], self.fit.binding)
+        return (*self.program.leading, *own)
+
+    def structs(
+        self, sizes: Mapping[str, int], *, drawn: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a kernel is called with, for one draw of a block of those sizes.
+
+        With ``drawn``, the sites that it would draw are passed in as latents are.
+        """
+        binding = self.fit.binding
+
+        def struct(array: xr.DataArray) -> jax.ShapeDtypeStruct:
+            dims = [str(d) for d in array.dims if d not in ("chain", "draw")]
+            lengths = tuple(sizes[d] if d in binding.dims else array.sizes[d] for d in dims)
+            return jax.ShapeDtypeStruct(lengths, device_dtype(array.dtype))
+
+        word = jax.ShapeDtypeStruct((2,), np.uint32)
+        latents = {name: struct(a) for name, a in self.latents.items()}
+        for name in self.drawn if drawn else ():
+            site = self.fit.sites[name]
+            shape = shape_in_model(site, binding, sizes)
+            latents[name] = jax.ShapeDtypeStruct(shape, site.dtype)
+        shared = {
+            "arrays": {key: struct(a) for key, a in self.inputs.arrays.items()},
+            "words": {d: jax.ShapeDtypeStruct((sizes[d], 2), np.uint32) for d in binding.dims},
+            "params": self.fit.params,
+        }
+        return {"keys": dict.fromkeys(self.program.keyed, word), "latents": latents}, shared
+
+    def traced(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], str]:
+        """Outputs for one draw of a block of those sizes, and the name of the program."""
+        block = block_of(self.fit.binding, sizes)
+        return traced(self.factory(self.program, sizes), block, *self.structs(sizes))
+
+    def reached(self, site: str) -> set[str]:
+        """The arrays and sites that a site is made from."""
+        sizes = self.inputs.sizes
+        draw, shared = self.structs(sizes, drawn=True)
+        call = self.factory(self.program, sizes)
+
+        def value(**named: Any) -> Any:
+            latents = {n: named[n] for n in draw["latents"]}
+            arrays = {k: named[f"array {k}"] for k in shared["arrays"]}
+            return call({"keys": blank, "latents": latents}, {**rest, "arrays": arrays})[site]
+
+        named = {**draw["latents"], **{f"array {k}": a for k, a in shared["arrays"].items()}}
+        blank = dict.fromkeys(draw["keys"], np.zeros(2, np.uint32))
+        words = {d: np.zeros(w.shape, np.uint32) for d, w in shared["words"].items()}
+        rest = {"words": words, "params": shared["params"]}
+        with tracing(block_of(self.fit.binding, sizes)):
+            found = eval_provenance(value, **named)
+        return {str(n).removeprefix("array ") for n in found}
+
+
+def evaluate(wanted: Evaluation) -> xr.Dataset:
+    """The sites as lazy arrays with dims, without coordinates."""
+    fit, inputs, binding = wanted.fit, wanted.inputs, wanted.fit.binding
+    for key, array in inputs.arrays.items():
+        if array.chunks is None and array.dtype.kind in "iu":
+            # A task would find it too; values in memory can be looked at now.
+            to_device_dtype(key, array.values)
+    structs, name = wanted.traced(inputs.sizes)
+    weight = sum(o.size * o.dtype.itemsize for o in structs.values())
+    planned = plan_cells if wanted.statistics else plan
+    cut = planned(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
+    _check_cut(wanted, cut)
+    _check_coupling(wanted, cut, name)
+    padded = {d: cut.largest(d) for d in binding.dims}
+    if any(padded[d] != inputs.sizes[d] for d in padded):
+        structs, name = wanted.traced({**inputs.sizes, **padded})
+    outputs = {
+        site: (wanted.dims(site)[: len(struct.shape)], struct) for site, struct in structs.items()
+    }
+    task = Task(
+        name=name,
+        identity=fit.token,
+        factory=wanted.factory,
+        program=wanted.program,
+        seed=np.asarray(keys.seed_key(wanted.seed)),
+        params=fit.params,
+        padded=padded,
+        sizes=inputs.sizes,
+    )
+    words = {
+        d: label_words(d, wanted.posterior.indexes.get(d), size=n)
+        for d, n in zip(("chain", "draw"), wanted.shape, strict=True)
+    }
+    return _named(wanted, task, cut, words, outputs)
+
+
+def _named(
+    wanted: Evaluation,
+    task: Task,
+    cut: Plan,
+    words: Mapping[str, np.ndarray],
+    outputs: Mapping[str, tuple[tuple[str, ...], Any]],
+) -> xr.Dataset:
+    """The draws of the outputs, or what is asked of them, under their names in a Dataset."""
+    names = {n: result_name(wanted.fit.binding, wanted.fit.sites[n]) for n in outputs}
+    if wanted.statistics:
+        task = replace(task, after=partial(reduce, statistics=wanted.statistics))
+        names, outputs = suffixed(names, wanted.statistics), reduced(outputs, wanted.statistics)
+    else:
+        outputs = {n: (("chain", "draw", *dims), one) for n, (dims, one) in outputs.items()}
+    lazy = lazy_sites(task, cut, wanted.inputs, wanted.latents, words, outputs)
+    result = xr.Dataset({names[n]: (outputs[n][0], array) for n, array in lazy.items()})
+    if not wanted.statistics:
+        return result
+    # Cells were cut to have room for all draws; what is left of those is small.
+    return result.chunk({d: c for d, c in wanted.inputs.chunks.items() if d in result.dims})
+
+
+def _check_cut(wanted: Evaluation, cut: Plan) -> None:
+    """What has no part in a dimension that is cut must be the same in all its blocks."""
+    pieces = {d for d, chunks in cut.chunks.items() if len(chunks) > 1}
+    reads = {k: pieces & set(map(str, a.dims)) for k, a in wanted.inputs.arrays.items()}
+    reads |= {n: pieces & set(map(str, a.dims)) for n, a in wanted.latents.items()}
+    sites = {n: wanted.fit.sites[n] for n in wanted.drawn}
+    reads |= {n: pieces & set(dims_in_dataset(s, wanted.fit.binding)) for n, s in sites.items()}
+    # What a scan draws, all of its block depends on, asked for or not.
+    partly = [n for n in wanted.latents if KNOWN + n in wanted.inputs.arrays]
+    for name in dict.fromkeys((*wanted.sites, *wanted.drawn, *partly)):
+        site = wanted.fit.sites[name]
+        dims = dims_in_dataset(site, wanted.fit.binding)
+        if site.scanned and dims and dims[0] in pieces:
+            raise ModelError(
+                f"site {name!r} is inside a scan along {dims[0]!r}, which is cut into blocks; "
+                f"fit with core_dim={dims[0]!r}"
+            )
+        through = {k: d - set(dims) for k, d in reads.items() if d - set(dims)}
+        if site.kind == "deterministic" and through:
+            reached = wanted.reached(name) & set(through)
+            if reached:
+                lost = sorted(set().union(*(through[k] for k in reached)))
+                raise ModelError(
+                    f"deterministic {name!r} has no dimension {lost!r} but is made from "
+                    f"{sorted(reached)!r}, which have: each block would give another. Leave it "
+                    f"out, sites=..., or keep the dimension whole: core_dim={lost!r} at the fit"
+                )
+
+
+def _check_coupling(wanted: Evaluation, cut: Plan, name: str) -> None:
+    fit = wanted.fit
+    pieces = [d for d, chunks in cut.chunks.items() if len(chunks) > 1]
+    seen = {str(n): a for ds in (fit.constant_data, fit.observed_data) for n, a in ds.items()}
+    check_split(name, wanted.program, wanted.inputs, wanted.latents, fit.params, pieces, seen)

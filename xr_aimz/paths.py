@@ -1,0 +1,130 @@
+"""Which sites an intervention reaches: the arrows of a model, from one abstract trace.
+
+Every site is given as an input of its own, so that what its distribution is made of is seen
+one step at a time: these are its parents. What lies below a target is drawn anew given it;
+what lies above keeps its posterior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import jax
+from jax.extend.core.primitives import scan_p
+from numpyro import handlers
+from numpyro.ops import provenance
+
+from xr_aimz.axes import shape_in_model
+from xr_aimz.binding import arrange, block_of
+from xr_aimz.kernel import Program
+from xr_aimz.model import tracing
+
+__all__ = ["below", "parents"]
+
+Parents = Mapping[str, frozenset[str]]
+
+
+def parents(
+    program: Program,
+    arrays: Mapping[str, Any],
+    params: Mapping[str, Any],
+    sizes: Mapping[str, int],
+) -> Parents:
+    """What each site is directly made from.
+
+    Parameters
+    ----------
+    program : Program
+    arrays : mapping of source key to jax.ShapeDtypeStruct
+    params : mapping of name to pytree
+    sizes : mapping of dim to int
+
+    Returns
+    -------
+    mapping of ``"site {name}"`` to frozenset
+        Of ``"array {key}"`` and ``"site {name}"``. Deterministics are looked through.
+    """
+    block = block_of(program.binding, sizes)
+    drawn = [s for s in program.sites.values() if s.kind in ("latent", "observed")]
+    blank = {
+        f"site {s.name}": jax.ShapeDtypeStruct(
+            shape_in_model(s, program.binding, block.sizes), s.dtype
+        )
+        for s in drawn
+    }
+
+    def made(**named: Any) -> dict[str, Any]:
+        known = dict(params) | {s.name: named[f"site {s.name}"] for s in drawn}
+        given = {key: named[f"array {key}"] for key in arrays}
+        passed = arrange(program.binding, given, program.dims, block)
+        seeded = handlers.seed(program.model, jax.random.key(0))
+        trace = handlers.trace(handlers.substitute(seeded, data=known)).get_trace(**passed)
+        return {
+            f"site {name}": _ingredients(message)
+            for name, message in trace.items()
+            if name in program.sites and message["type"] != "param"
+        }
+
+    with tracing(block):
+        found = provenance.eval_provenance(
+            made, **blank, **{f"array {key}": struct for key, struct in arrays.items()}
+        )
+    return {
+        name: frozenset().union(*jax.tree.leaves(leaves, is_leaf=_is_set)) - {name}
+        for name, leaves in found.items()
+    }
+
+
+def _is_set(leaf: Any) -> bool:
+    return isinstance(leaf, frozenset)
+
+
+def _ingredients(message: Mapping[str, Any]) -> Any:
+    if message["type"] != "sample":
+        return message["value"]
+    fn = message["fn"]
+    # Both: a masked distribution has no density, and one of a user's own may hide its arrays.
+    return jax.tree.leaves(fn), fn.log_prob(message["value"])
+
+
+def below(
+    parents: Parents, targets: Iterable[str], cut: Collection[str] = frozenset()
+) -> frozenset[str]:
+    """All that the targets reach, themselves left out; nothing reaches what is ``cut``."""
+    reached: set[str] = set()
+    front = set(targets)
+    while front:
+        found = {name for name, made_of in parents.items() if made_of & front} - set(cut)
+        front = found - reached
+        reached |= found
+    return frozenset(reached)
+
+
+def _through_scan(eqn: Any, sources: list[frozenset[str]]) -> list[frozenset[str]]:
+    """What reaches each output of a scan: the body, again until its carry has settled."""
+    # NumPyro takes every output of a scan to be made from every input.
+    consts, carries = _groups(eqn.params)
+    fixed, carry, rows = (
+        sources[:consts],
+        sources[consts : consts + carries],
+        sources[consts + carries :],
+    )
+    while True:
+        out = provenance.track_deps_jaxpr(eqn.params["jaxpr"].jaxpr, [*fixed, *carry, *rows])
+        after = [a | b for a, b in zip(carry, out[:carries], strict=True)]
+        if after == carry:
+            return out
+        carry = after
+
+
+def _groups(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many its carry."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # In jax 0.12 they are three groups of a tree.
+    constants, carry, _ = params["ft_in"].unpack()
+    return len(constants), len(carry)
+
+
+provenance.track_deps_rules.setdefault(scan_p, _through_scan)
