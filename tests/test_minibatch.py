@@ -97,7 +97,7 @@ def test_the_posterior_of_a_conjugate_regression(linear):
     mean, sd = np.linalg.solve(precision, X.T @ y), np.diag(np.linalg.inv(precision)) ** 0.5
     # No warning either: a converged fit raises no false alarm.
     fitted = linear.aimz.fit(
-        regression, method="svi", batch=1000, steps=250_000, draws=4000, progress=False
+        regression, method="svi", batch=1000, steps=1_000_000, draws=4000, progress=False
     )
     draws = fitted.posterior.weights.values[0]
     assert np.abs((draws.mean(0) - mean) / sd).max() < 0.1
