@@ -253,12 +253,11 @@ def test_predictions_from_both_are_joined_with_noise_of_their_own(ds, fitted):
 
 
 def test_a_chain_goes_on_where_it_was(ds):
-    fitted = fit_quietly(ds, line, method=BarkerMH(line), draws=200, warmup=300, chains=1)
-    further = fitted.sample(200)
-    # Steps of this kernel are small: far smaller than between two draws of the posterior.
-    joined = np.concatenate([fitted.posterior.slope[0, -1:], further.posterior.slope[0, :1]])
-    steps = np.abs(np.diff(fitted.posterior.slope[0]))
-    assert abs(joined[1] - joined[0]) <= steps.max() + 1e-6
+    fitted = fit_quietly(ds, line, method=BarkerMH(line), draws=50, warmup=300, chains=1)
+    last = float(fitted.posterior.slope[0, -1])
+    # More than half of its proposals are refused, and a chain then stays where it is: exactly.
+    first = [float(fitted.sample(2, seed=seed).posterior.slope[0, 0]) for seed in range(5)]
+    assert first.count(last) >= 2
 
 
 def test_draws_made_elsewhere_have_no_more(ds, fitted):
