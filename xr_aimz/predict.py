@@ -33,7 +33,6 @@ __all__ = [
     "answered",
     "asked",
     "attrs_of",
-    "chosen_sites",
     "log_likelihood",
     "predict",
 ]
