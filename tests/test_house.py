@@ -25,21 +25,29 @@ ROOMS = (
     "binding",
     "inputs",
     "axes",
+    "mapped",
     "kernel",
     "device",
     "labelling",
     "bound",
     "diagnostics",
+    "cell_diagnostics",
     "posterior",
     "infer",
     "infer.problem",
     "infer.mcmc",
     "infer.svi",
+    "infer.laplace",
+    "infer.cells",
     "infer.methods",
+    "tiles",
+    "per_cell",
+    "shelf",
     "fit",
     "from_posterior",
     "plan",
     "blocks",
+    "cell_results",
     "predict",
     "store",
     "describe",
@@ -50,7 +58,8 @@ ROOMS = (
 # Where alone a package may be imported.
 HOMES = {
     "dask": {"blocks", "store"},
-    "zarr": {"store"},
+    # A fit larger than memory goes to disk as it is made, before there is anything to predict.
+    "zarr": {"store", "shelf"},
     "numcodecs": {"store"},
     "mlflow": {"mlflow"},
     "matplotlib": {"plot", "demo"},
@@ -60,7 +69,7 @@ HOMES = {
 # What rooms must not see.
 BLIND = (
     (("errors", "options", "labels", "accessor", "__init__"), {"jax", "numpyro", "flax"}),
-    (("keys", "kernel", "device", "cellwise", "threefry"), {"pandas", "xarray"}),
+    (("keys", "kernel", "mapped", "device", "cellwise", "threefry"), {"pandas", "xarray"}),
 )
 NO_DEVICE = ("binding", "posterior", "effects")
 DEVICES = {"devices", "local_devices", "device_count", "local_device_count", "device_put"}

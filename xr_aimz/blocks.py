@@ -88,7 +88,7 @@ def lazy_sites(
         ``struct`` has the shape of one draw of a whole padded block, and the dtype.
     """
     # Equal tokens, equal values: what dask may share between two graphs.
-    labels = {d: inputs.labels.get(d) for d in task.program.binding.dims}
+    labels = {d: inputs.labels.get(d) for d in task.program.binding.cut_dims}
     arrays = dict(inputs.arrays)
     token = tokenize(task.identity, task.name, task.seed, plan, words, labels, arrays)
     chunks = {"chain": plan.chain, "draw": plan.draw, **plan.chunks}
@@ -141,7 +141,7 @@ def _operands(
     found: list[tuple[str, str, tuple[str, ...], Any]] = [
         ("words", d, (d, "word"), words[d]) for d in ("chain", "draw")
     ]
-    for d in task.program.binding.dims:
+    for d in task.program.binding.cut_dims:
         found.append(("words", d, (d, "word"), _words(d, inputs, chunks[d])))
     for name, array in inputs.arrays.items():
         found.append(("array", name, tuple(map(str, array.dims)), array.data))
@@ -232,7 +232,7 @@ def _run_block(task: Task, *blocks: np.ndarray) -> dict[str, np.ndarray]:
         _over_draws(task, parts, shape),
         {
             "arrays": parts["array"],
-            "words": {d: parts["words"][d] for d in binding.dims},
+            "words": {d: parts["words"][d] for d in binding.cut_dims},
             "params": task.params,
         },
     )

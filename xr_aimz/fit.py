@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,9 +21,11 @@ from xr_aimz import diagnostics
 from xr_aimz.axes import dims_in_dataset
 from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.bound import Bound, bind
+from xr_aimz.cell_diagnostics import cell_concerns
 from xr_aimz.device import run, to_device_dtype, traced
-from xr_aimz.errors import BindingError, ConvergenceWarning
-from xr_aimz.infer.methods import inference
+from xr_aimz.errors import BindingError, ConvergenceWarning, OptionError
+from xr_aimz.infer.cells import FLAGS, CellMethod
+from xr_aimz.infer.methods import cell_inference, inference
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Program, predictive
@@ -30,9 +33,17 @@ from xr_aimz.labelling import label
 from xr_aimz.labels import label_words
 from xr_aimz.model import Site
 from xr_aimz.options import shows_progress
+from xr_aimz.per_cell import Memory, Shelf, fit_cells, plan_cells
 from xr_aimz.posterior import Fit
+from xr_aimz.shelf import Stored
 
 __all__ = ["assemble", "fit"]
+
+_STATUS = {
+    "long_name": "how the fit of a cell went",
+    "flag_values": np.arange(len(FLAGS), dtype=np.int8),
+    "flag_meanings": " ".join(FLAGS),
+}
 
 
 def fit(
@@ -42,6 +53,7 @@ def fit(
     *,
     dim: str | tuple[str, ...] | None = None,
     core_dim: str | tuple[str, ...] | None = None,
+    per: str | tuple[str, ...] | None = None,
     layout: str = "grid",
     method: Any = "nuts",
     draws: int | None = None,
@@ -51,6 +63,7 @@ def fit(
     optimizer: Any = None,
     init: Any = None,
     seed: int = 0,
+    store: str | Path | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Fit a NumPyro model to a Dataset: its arguments are the Dataset's own variables.
@@ -71,15 +84,21 @@ def fit(
         observed site takes as its event.
     core_dim : str or tuple of str, optional
         Observation dimensions that the model couples (a lag, a scan): never split.
+    per : str or tuple of str, optional
+        Dimensions of the outcome over which the model is fitted independently, once for each
+        label: ``per=("lat", "lon")`` is a fit in every grid cell. The model sees arrays without
+        them. Blocks of a chunked Dataset are loaded one after another.
     layout : {"grid", "table"}
         ``"grid"`` hands over arrays that broadcast against the outcome; ``"table"``
         flattens the observation dims to one leading axis.
     method : optional
-        ``"nuts"`` (default), ``"svi"``, or NumPyro's own: a kernel such as
-        ``NUTS(model, target_accept_prob=0.95)``, an ``MCMC``, an ``SVI``, an autoguide
-        class or instance.
+        ``"nuts"`` (default), ``"svi"``, ``"laplace"`` (a mode and its curvature), or NumPyro's
+        own: a kernel such as ``NUTS(model, target_accept_prob=0.95)``, an ``MCMC``, an ``SVI``,
+        an autoguide class or instance. With ``per``: the three names, an ``HMC`` or ``NUTS``, or
+        an autoguide's class.
     draws : int, default 1000
-        Draws a chain (MCMC), or of the guide (SVI), which come as one chain.
+        Draws a chain (MCMC), or of the guide (SVI) or the Gaussian (Laplace), which come as
+        one chain.
     chains, warmup : int, default 4 and 1000
         For MCMC. Chains run in parallel over devices where there are enough, else
         vectorized on one.
@@ -91,12 +110,19 @@ def fit(
     init : optional
         Values by site, or a strategy such as ``numpyro.infer.init_to_median``.
     seed : int
+    store : path, optional
+        With ``per``: a Zarr store to which draws are written block by block, for a posterior
+        larger than memory; ``fit.posterior`` is then lazy. The same call on a store that was
+        cut short fits the blocks that are missing.
     progress : bool, optional
         By default as :class:`xr_aimz.set_options` says.
 
     Returns
     -------
     Fit
+        With ``per``, the posterior has dims ``(chain, draw, *per, ...)``, and
+        ``sample_stats.status`` says of each cell how its fit went. A cell without data, or one
+        whose fit failed, has NaN draws, and leaves the others as they are.
 
     Warns
     -----
@@ -110,6 +136,8 @@ def fit(
         Before anything is loaded.
     OptionError
         An option that the method does not take.
+    StoreError
+        ``store`` holds something else than a part of this fit.
 
     Examples
     --------
@@ -127,16 +155,37 @@ def fit(
     given = {"chains": chains, "warmup": warmup, "steps": steps, "optimizer": optimizer}
     given |= {"draws": draws, "init": init}
     asked = {name: value for name, value in given.items() if value is not None}
+    names: dict[str, Any] = {"dim": dim, "core_dim": core_dim, "layout": layout}
+    if per:
+        infer_cell = cell_inference(model, method, asked)
+        bound = bind(ds, model, variables, per=per, **names)
+        return _looked_at(_fit_cells(bound, infer_cell, seed, store, shows_progress(progress)))
+    if store is not None:
+        raise OptionError(f"store={str(store)!r} goes with per=; other fits are kept in memory")
     infer = inference(model, method, asked, seed, shows_progress(progress))
-    bound = bind(ds, model, variables, dim=dim, core_dim=core_dim, layout=layout)
+    bound = bind(ds, model, variables, **names)
     arrays = _load(bound.binding, bound.inputs)
     block = block_of(bound.binding, bound.inputs.sizes)
     arguments = arrange(bound.binding, arrays, bound.inputs.dims, block)
     drawn = infer(Problem(model, arguments, block, bound.sites))
-    fitted = _labelled(bound, drawn, arrays)
-    found = diagnostics.concerns(fitted.posterior, fitted.sample_stats, fitted.losses)
+    return _looked_at(_labelled(bound, drawn, arrays))
+
+
+def _looked_at(fitted: Fit) -> Fit:
+    """The fit with what speaks against it, of which the caller is warned."""
+    about = (fitted.posterior, fitted.sample_stats, fitted.losses)
+    per = fitted.binding.per
+    found = cell_concerns(*about, per) if per else diagnostics.concerns(*about)
     _warn(tuple(found))
     return replace(fitted, concerns=tuple(found))
+
+
+def _fit_cells(bound: Bound, method: CellMethod, seed: int, store: Any, progress: bool) -> Fit:
+    """An independent fit in each cell of ``per``."""
+    plan = plan_cells(bound, method, seed, _wanted(bound))
+    shelf: Shelf = Memory(plan) if store is None else Stored(plan, store)
+    drawn = fit_cells(plan, shelf, progress=progress)
+    return assemble(bound, _posterior(bound, drawn.samples, drawn.shape), drawn)
 
 
 def _load(binding: Binding, inputs: Inputs) -> dict[str, jax.Array]:
@@ -158,17 +207,21 @@ def _load(binding: Binding, inputs: Inputs) -> dict[str, jax.Array]:
 
 def _labelled(bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array]) -> Fit:
     """The draws with their labels, and the deterministics that belong with them."""
-    values = dict(drawn.samples)
-    wanted = [
-        name
-        for name, s in bound.sites.items()
-        if s.kind == "deterministic" and not _spans(s, bound.binding)
-    ]
+    values, wanted = dict(drawn.samples), _wanted(bound)
     if wanted:
-        values |= _deterministics(bound, drawn, arrays, tuple(wanted))
-    chain, draw = (np.arange(n) for n in drawn.shape)
-    posterior = label(values, bound.sites, bound.binding, bound.inputs, chain, draw)
-    return assemble(bound, posterior, drawn)
+        values |= _deterministics(bound, drawn, arrays, wanted)
+    return assemble(bound, _posterior(bound, values, drawn.shape), drawn)
+
+
+def _wanted(bound: Bound) -> tuple[str, ...]:
+    """The deterministics that belong in a posterior."""
+    sites = bound.sites.items()
+    return tuple(n for n, s in sites if s.kind == "deterministic" and not _spans(s, bound.binding))
+
+
+def _posterior(bound: Bound, values: Mapping[str, Any], shape: tuple[int, int]) -> xr.Dataset:
+    chain, draw = (np.arange(n) for n in shape)
+    return label(values, bound.sites, bound.binding, bound.inputs, chain, draw)
 
 
 def _spans(site: Site, binding: Binding) -> bool:
@@ -214,11 +267,19 @@ def assemble(bound: Bound, posterior: xr.Dataset, drawn: Draws) -> Fit:
     observed = {s.name: arrays[s.key] for a in binding.outcomes for s in a.sources}
     constant = {s.name: arrays[s.key] for a in binding.inputs for s in a.sources}
     chains = {d: posterior[d] for d in ("chain", "draw") if d in posterior.coords}
-    stats = {name: (("chain", "draw"), value) for name, value in drawn.stats.items()}
+    stats: dict[str, Any] = {
+        name: (("chain", "draw", *binding.per), v) for name, v in drawn.stats.items()
+    }
+    cells = {d: posterior[d] for d in binding.per if d in posterior.coords}
+    chains |= cells
+    if drawn.status is not None:
+        stats["status"] = (binding.per, drawn.status, _STATUS)
     losses = None
     if drawn.losses is not None:
         attrs = {"full_rate_steps": drawn.full_rate_steps}
-        losses = xr.DataArray(drawn.losses, dims="step", name="loss", attrs=attrs)
+        dims = ("step", *binding.per)
+        losses = xr.DataArray(drawn.losses, cells, dims, name="loss", attrs=attrs)
+        losses = losses.assign_coords(step=list(drawn.loss_steps)) if drawn.loss_steps else losses
     return Fit(
         model=bound.model,
         binding=binding,
@@ -242,4 +303,4 @@ def _group(arrays: Mapping[str, xr.DataArray]) -> xr.Dataset:
 def _warn(concerns: tuple[str, ...]) -> None:
     if concerns:
         # The level of the caller of Dataset.aimz.fit.
-        warnings.warn("; ".join(concerns), ConvergenceWarning, stacklevel=4)
+        warnings.warn("; ".join(concerns), ConvergenceWarning, stacklevel=5)

@@ -4,13 +4,14 @@ A :class:`Program` is all that is static: the model, its binding and its sites. 
 changes from block to block (arrays, the words of the labels) and from draw to draw (the
 words of chain and draw, the latents) is passed in. Sites that the posterior holds are
 substituted; all others are drawn by :mod:`xr_aimz.keys`, so that a value depends on its
-labels and on nothing else of the block.
+labels and on nothing else of the block. With dims in ``per`` that is the kernel of one cell,
+mapped over those of the block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -22,6 +23,7 @@ from xr_aimz import keys
 from xr_aimz.axes import TABLE, shape_in_dataset, shape_in_model
 from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.errors import ModelError
+from xr_aimz.mapped import over_cells
 from xr_aimz.model import Block, Site
 
 __all__ = ["Program", "log_likelihood", "predictive"]
@@ -84,6 +86,9 @@ def _call(
 ) -> Call:
     """Run the model for one draw, and read something of each returned site."""
     block = block_of(program.binding, sizes)
+    per, dims = program.binding.per, program.dims
+    own = {key: tuple(d for d in has if d not in per) for key, has in dims.items()}
+    program = replace(program, dims=own)
 
     def call(draw: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, jax.Array]:
         trace = _run(program, block, draw, shared)
@@ -93,7 +98,7 @@ def _call(
             found[name] = _out(program, site, *read(site, trace[name]), sizes)
         return found
 
-    return call
+    return over_cells(call, per, dims) if per else call
 
 
 def _run(

@@ -22,6 +22,7 @@ from xr_aimz import keys
 from xr_aimz.axes import dims_in_dataset
 from xr_aimz.binding import block_of
 from xr_aimz.blocks import Factory, Task, lazy_sites
+from xr_aimz.cell_results import in_cells
 from xr_aimz.device import device_dtype, to_device_dtype, traced
 from xr_aimz.errors import MissingVariableError, ModelError, OptionError
 from xr_aimz.inputs import Inputs, gather
@@ -66,7 +67,9 @@ def predict(
     Dataset
         Lazy, dask-backed, dims ``(chain, draw, *observation dims, *event dims)``, with
         the coordinates of ``ds`` and the attrs of the outcome's variable. Floats have
-        JAX's dtype, float32 by default.
+        JAX's dtype, float32 by default. Of a fit with ``per``, dims are in the outcome's own
+        order, and cells without draws are NaN; where the fit has such cells, ints and bools
+        are therefore floats, as from ``DataArray.where``.
 
     Raises
     ------
@@ -81,7 +84,7 @@ def predict(
     posterior = _thinned(fit.posterior, draws)
     inputs = gather(fit.binding, ds, outcomes=False)
     wanted = _Evaluation(fit, inputs, posterior, predictive, _chosen(fit, sites), seed)
-    result = _lazy(wanted)
+    result = in_cells(_lazy(wanted), fit, inputs)
     for name in wanted.sites:
         argument = fit.sites[name].obs_argument
         if argument is not None:
@@ -121,7 +124,7 @@ def log_likelihood(ds: xr.Dataset, fit: Fit, *, draws: int | None = None) -> xr.
         )
     inputs = gather(fit.binding, ds, outcomes=True)
     wanted = _Evaluation(fit, inputs, posterior, density_kernel, fit.observed, seed=0)
-    result = _lazy(wanted)
+    result = in_cells(_lazy(wanted), fit, inputs)
     for name, array in result.items():
         array.attrs.update(long_name=f"log-likelihood of {name}", units="1")
     return _dressed(result, ds, wanted, "log_likelihood")
@@ -162,14 +165,14 @@ class _Evaluation:
 
         def struct(array: xr.DataArray) -> jax.ShapeDtypeStruct:
             dims = [str(d) for d in array.dims if d not in ("chain", "draw")]
-            lengths = tuple(sizes[d] if d in binding.dims else array.sizes[d] for d in dims)
+            lengths = tuple(sizes[d] if d in binding.cut_dims else array.sizes[d] for d in dims)
             return jax.ShapeDtypeStruct(lengths, device_dtype(array.dtype))
 
         word = jax.ShapeDtypeStruct((2,), np.uint32)
         latents = {name: struct(a) for name, a in self.latents.items()}
         shared = {
             "arrays": {key: struct(a) for key, a in self.inputs.arrays.items()},
-            "words": {d: jax.ShapeDtypeStruct((sizes[d], 2), np.uint32) for d in binding.dims},
+            "words": {d: jax.ShapeDtypeStruct((sizes[d], 2), np.uint32) for d in binding.cut_dims},
             "params": self.fit.params,
         }
         return {"keys": dict.fromkeys(self.program.keyed, word), "latents": latents}, shared
@@ -210,7 +213,7 @@ def _lazy(wanted: _Evaluation) -> xr.Dataset:
     weight = sum(o.size * o.dtype.itemsize for o in structs.values())
     cut = plan(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
     _check_cut(wanted, cut)
-    padded = {d: cut.largest(d) for d in binding.dims}
+    padded = {d: cut.largest(d) for d in binding.cut_dims}
     if any(padded[d] != inputs.sizes[d] for d in padded):
         structs, name = wanted.traced({**inputs.sizes, **padded})
     outputs = {
@@ -248,10 +251,11 @@ def _check_cut(wanted: _Evaluation, cut: Plan) -> None:
     for name in wanted.sites:
         site = wanted.fit.sites[name]
         dims = dims_in_dataset(site, wanted.fit.binding)
-        if site.scanned and dims and dims[0] in pieces:
+        step = next(iter(dims[len(wanted.fit.binding.per) :]), None) if site.scanned else None
+        if step in pieces:
             raise ModelError(
-                f"site {name!r} is inside a scan along {dims[0]!r}, which is cut into blocks; "
-                f"fit with core_dim={dims[0]!r}"
+                f"site {name!r} is inside a scan along {step!r}, which is cut into blocks; "
+                f"fit with core_dim={step!r}"
             )
         through = {k: d - set(dims) for k, d in reads.items() if d - set(dims)}
         if site.kind == "deterministic" and through:

@@ -9,15 +9,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from numpyro.infer import MCMC, SVI
+from numpyro.infer import HMC, MCMC, SVI
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMCKernel
 
 from xr_aimz.errors import OptionError
-from xr_aimz.infer import mcmc, svi
+from xr_aimz.infer import laplace, mcmc, svi
+from xr_aimz.infer.cells import CellMethod, laplace_cells, mcmc_cells, svi_cells
 from xr_aimz.infer.problem import Draws, Problem
 
-__all__ = ["inference"]
+__all__ = ["cell_inference", "inference"]
 
 
 def inference(
@@ -55,9 +56,42 @@ def inference(
         if own_schedule:
             options["full_rate"] = svi.FULL_RATE
         return _variational(made, options, seed, progress)
+    if method == "laplace":
+        options = {"draws": 1000, **_taken(method, asked, {"draws", "init"})}
+        init = options.pop("init", None)
+        return lambda problem: laplace.run(problem, seed=seed, init=init, **options)
     raise OptionError(
-        f"method={method!r}: there are 'nuts', 'svi', and NumPyro's own kernels, MCMC, SVI and "
-        "autoguides"
+        f"method={method!r}: there are 'nuts', 'svi', 'laplace', and NumPyro's own kernels, MCMC, "
+        "SVI and autoguides"
+    )
+
+
+def cell_inference(model: Callable, method: Any, asked: dict[str, Any]) -> CellMethod:
+    """How each cell of a fit with ``per`` is fitted; options are checked here."""
+    if method == "laplace":
+        options = {"draws": 1000, **_taken(method, asked, {"draws", "init"})}
+        return laplace_cells(options.pop("init", None), **options)
+    if method == "nuts" or isinstance(method, HMC):
+        taken = {"draws", "chains", "warmup"} | ({"init"} if method == "nuts" else set())
+        options = {"draws": 1000, "chains": 4, "warmup": 1000, **_taken(method, asked, taken)}
+        init = options.pop("init", None)
+        if method == "nuts":
+            return mcmc_cells(lambda own: mcmc.kernel_for(own, init), **options)
+        _same_model(model, method)
+        # A copy for each trace: a kernel keeps what its first one gave it.
+        return mcmc_cells(lambda own: method.wrap_model(lambda _: own), **options)
+    if method == "svi" or (inspect.isclass(method) and issubclass(method, AutoGuide)):
+        options = _taken(method, asked, {"draws", "steps", "optimizer", "init"})
+        settings = {"draws": 1000, "steps": svi.STEPS, **options}
+        optimizer, init = settings.pop("optimizer", None), settings.pop("init", None)
+        own_schedule = optimizer is None or isinstance(optimizer, (int, float))
+        full_rate = svi.FULL_RATE if own_schedule else 1.0
+        guide = None if method == "svi" else method
+        return svi_cells(guide, optimizer, init, full_rate=full_rate, **settings)
+    raise OptionError(
+        f"method={method!r} does not go with per=, which runs one compiled program in every "
+        "cell: there are 'nuts', 'svi', 'laplace', NumPyro's HMC and NUTS, and classes of "
+        "autoguides, such as AutoMultivariateNormal"
     )
 
 

@@ -41,6 +41,11 @@ class Draws:
     losses : array ``(step,)``, optional
     full_rate_steps : int
         How many of the steps were taken at the optimizer's full rate.
+    loss_steps : tuple of int
+        After which steps the losses were taken, where not after each.
+    status : array, optional
+        Of each cell of a fit with ``per``: which of :data:`xr_aimz.infer.cells.FLAGS`. The
+        cells' dims follow ``chain`` and ``draw`` in samples and stats, and ``step`` in losses.
     shape : tuple of int
         The number of chains, and of draws a chain.
     method : str
@@ -54,3 +59,5 @@ class Draws:
     params: Mapping[str, Any] = field(default_factory=dict)
     losses: np.ndarray | None = None
     full_rate_steps: int = 0
+    loss_steps: tuple[int, ...] = ()
+    status: np.ndarray | None = None

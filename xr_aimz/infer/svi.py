@@ -23,7 +23,7 @@ from xr_aimz.infer.mcmc import init_strategy
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.model import tracing
 
-__all__ = ["STEPS", "run", "svi_for"]
+__all__ = ["FULL_RATE", "STEPS", "run", "svi_for"]
 
 STEPS, LEARNING_RATE, FULL_RATE = 10_000, 0.05, 0.7
 _PIECES = 50

@@ -1,0 +1,207 @@
+"""One cell's inference as a pure function, to be mapped over cells.
+
+Each function takes a key and the arguments of one cell, and gives draws and a status. It
+has no Python state that outlives its trace, stops by itself, and does the same for a cell
+whatever its neighbours: a cell that goes wrong says so and gives NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from numpyro import handlers
+from numpyro.infer import MCMC
+from numpyro.infer.mcmc import MCMCKernel
+
+from xr_aimz.errors import ModelError
+from xr_aimz.infer import laplace, mcmc, svi
+from xr_aimz.infer.problem import Problem
+
+__all__ = [
+    "FLAGS",
+    "NO_DATA",
+    "Cell",
+    "CellMethod",
+    "deterministics",
+    "laplace_cells",
+    "mcmc_cells",
+    "svi_cells",
+]
+
+# The meanings of a status, in order of its values.
+FLAGS = ("ok", "no_data", "not_finite", "diverged", "no_mode")
+OK, NO_DATA, NOT_FINITE, DIVERGED, NO_MODE = range(len(FLAGS))
+# A map steps on until its last cell is done, so few cells waste less on each other; but
+# each step has a cost of its own. Measured: docs/decisions/cells.md.
+_MCMC_CHAINS, _SVI_CELLS, _LAPLACE_CELLS = 64, 64, 256
+_LOSSES = 500
+
+
+class Cell(NamedTuple):
+    """What the inference of one cell gives.
+
+    ``samples`` and ``stats`` are arrays ``(chain, draw, ...)`` by name, ``losses`` the mean
+    loss of each run of steps, or None.
+    """
+
+    samples: dict[str, jax.Array]
+    stats: dict[str, jax.Array]
+    losses: jax.Array | None
+    status: jax.Array
+
+
+@dataclass(frozen=True)
+class CellMethod:
+    """How each cell is fitted.
+
+    Parameters
+    ----------
+    infer : callable
+        From a problem, a key and a cell's arguments to a :class:`Cell`; traceable.
+    check : callable
+        Refuses a problem that this method cannot take.
+    shape : tuple of int
+        The number of chains, and of draws a chain.
+    cells : int
+        How many cells are mapped over at once, always: one program, whatever the region.
+    name : str
+    loss_steps : tuple of int
+        After which step each loss was taken.
+    full_rate : float
+        The share of the steps at the optimizer's full rate.
+    """
+
+    infer: Callable[[Problem, jax.Array, Mapping[str, Any]], Cell]
+    check: Callable[[Problem], None]
+    shape: tuple[int, int]
+    cells: int
+    name: str
+    loss_steps: tuple[int, ...] = ()
+    full_rate: float = 1.0
+
+
+def mcmc_cells(
+    make_kernel: Callable[[Callable], MCMCKernel], *, draws: int, chains: int, warmup: int
+) -> CellMethod:
+    """Chains in every cell; ``make_kernel`` makes a kernel anew for each trace."""
+
+    def infer(problem: Problem, key: jax.Array, arguments: Mapping[str, Any]) -> Cell:
+        sampler = MCMC(
+            mcmc.without_deterministics(make_kernel(problem.model)),
+            num_warmup=warmup,
+            num_samples=draws,
+            num_chains=chains,
+            chain_method="vectorized",
+            progress_bar=False,
+        )
+        sampler.run(key, extra_fields=("diverging", "potential_energy", "num_steps"), **arguments)
+        found = sampler.get_samples(group_by_chain=True)
+        extra = sampler.get_extra_fields(group_by_chain=True)
+        samples = {name: found[name] for name in problem.named("latent")}
+        finite = _finite([*samples.values(), extra["potential_energy"]])
+        lost = jnp.where(jnp.all(extra["diverging"]), DIVERGED, OK)
+        stats = {
+            "diverging": extra["diverging"],
+            "lp": -extra["potential_energy"],
+            "n_steps": extra["num_steps"],
+        }
+        return _cell(samples, stats, None, jnp.where(finite, lost, NOT_FINITE))
+
+    kind = type(make_kernel(lambda: None)).__name__
+    counted = f"{mcmc.counted(chains, 'chain')}, {mcmc.counted(warmup, 'warmup step')}"
+    cells = max(_MCMC_CHAINS // chains, 1)
+    return CellMethod(infer, _check, (chains, draws), cells, f"{kind} per cell, {counted}")
+
+
+def svi_cells(
+    guide: Any, optimizer: Any, init: Any, *, draws: int, steps: int, full_rate: float
+) -> CellMethod:
+    """A guide in every cell: an autoguide's class, made anew for each trace."""
+    stride = -(-steps // _LOSSES)
+    first = steps % stride
+
+    def infer(problem: Problem, key: jax.Array, arguments: Mapping[str, Any]) -> Cell:
+        inference = svi.svi_for(problem.model, guide, optimizer, init, steps)
+        start, sample = jax.random.split(key)
+        state = inference.init(start, **arguments)
+
+        def walk(state: Any, length: int) -> tuple[Any, jax.Array]:
+            def step(state: Any, _: None) -> tuple[Any, jax.Array]:
+                return inference.update(state, **arguments)
+
+            state, losses = jax.lax.scan(step, state, None, length=length)
+            return state, losses.mean()
+
+        if first:
+            state, _ = walk(state, first)
+        state, losses = jax.lax.scan(
+            lambda s, _: walk(s, stride), state, None, length=steps // stride
+        )
+        params = inference.get_params(state)
+        found = inference.guide.sample_posterior(sample, params, sample_shape=(draws,))
+        samples = {name: found[name][None] for name in problem.named("latent")}
+        finite = _finite([*samples.values(), losses[-1]])
+        return _cell(samples, {}, losses, jnp.where(finite, OK, NOT_FINITE))
+
+    at = tuple(range(first + stride, steps + 1, stride))
+    name = f"SVI per cell, {guide.__name__ if guide else 'AutoNormal'}, {steps} steps"
+    return CellMethod(infer, _check, (1, draws), _SVI_CELLS, name, at, full_rate)
+
+
+def laplace_cells(init: Any, *, draws: int) -> CellMethod:
+    """A mode and its curvature in every cell."""
+
+    def infer(problem: Problem, key: jax.Array, arguments: Mapping[str, Any]) -> Cell:
+        found = laplace.approximate(problem, key, arguments, draws=draws, init=init)
+        samples = {name: value[None] for name, value in found.samples.items()}
+        status = jnp.where(found.found, OK, NO_MODE)
+        status = jnp.where(found.found & ~_finite(samples.values()), NOT_FINITE, status)
+        return _cell(samples, {}, None, status)
+
+    def check(problem: Problem) -> None:
+        _check(problem)
+        laplace.check(problem)
+
+    return CellMethod(infer, check, (1, draws), _LAPLACE_CELLS, "Laplace per cell")
+
+
+def deterministics(
+    problem: Problem, arguments: Mapping[str, Any], samples: Mapping[str, jax.Array], names: Any
+) -> dict[str, jax.Array]:
+    """Deterministic sites ``(chain, draw, ...)`` at draws of the latents; traceable."""
+
+    def at(values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        # Every site is known, so the key is used by nothing.
+        model = handlers.substitute(handlers.seed(problem.model, jax.random.key(0)), values)
+        trace = handlers.trace(model).get_trace(**arguments)
+        return {name: trace[name]["value"] for name in names}
+
+    with numpyro.validation_enabled(False):
+        return jax.vmap(jax.vmap(at))(dict(samples))
+
+
+def _check(problem: Problem) -> None:
+    trained = [name for name in problem.named("param") if problem.sites[name].trained]
+    if trained:
+        raise ModelError(
+            f"sites {trained!r} are params, and a fit with per= has no place for one in each "
+            "cell; give them priors (numpyro.sample, random_nnx_module)"
+        )
+    if not problem.named("latent"):
+        raise ModelError("the model has no latent sites: there is nothing to fit")
+
+
+def _finite(values: Any) -> jax.Array:
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(value)) for value in values]))
+
+
+def _cell(
+    samples: dict[str, jax.Array], stats: dict[str, jax.Array], losses: Any, status: jax.Array
+) -> Cell:
+    kept = jax.tree.map(lambda x: jnp.where(status == OK, x, jnp.nan), samples)
+    return Cell(kept, stats, losses, status.astype(jnp.int8))
