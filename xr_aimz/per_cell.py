@@ -23,11 +23,11 @@ from xr_aimz import keys
 from xr_aimz.binding import Binding, block_of
 from xr_aimz.bound import Bound
 from xr_aimz.device import device_dtype, to_device_dtype
-from xr_aimz.infer.cells import NO_DATA, Cell, CellMethod
+from xr_aimz.infer.cells import NO_DATA, CellMethod
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.labels import label_words
 from xr_aimz.options import get_options
-from xr_aimz.tiles import Tiles, tiles
+from xr_aimz.tiles import Cells, Tiles, tiles
 
 __all__ = ["Memory", "Place", "Plan", "Shelf", "fit_cells", "plan_cells"]
 
@@ -278,7 +278,7 @@ def _words(plan: Plan, place: Place) -> np.ndarray:
     return np.asarray(keys.combine(each)).reshape(-1, 2)
 
 
-def _blank(outputs: Cell, count: int) -> Arrays:
+def _blank(outputs: Cells, count: int) -> Arrays:
     """What cells without data have: NaN, or nought where there is no NaN."""
     found = {}
     for name, struct in _flat(outputs).items():
@@ -293,8 +293,8 @@ def _unfolded(array: np.ndarray, lead: int, sizes: tuple[int, ...]) -> np.ndarra
     return moved.reshape(*moved.shape[:lead], *sizes, *moved.shape[lead + 1 :])
 
 
-def _flat(cell: Cell) -> dict[str, Any]:
-    """The arrays of a Cell by a name of their own."""
+def _flat(cell: Cells) -> dict[str, Any]:
+    """The arrays of cells by a name of their own."""
     found = {f"posterior {n}": a for n, a in cell.samples.items()}
     found |= {f"sample_stats {n}": a for n, a in cell.stats.items()}
     found |= {} if cell.losses is None else {"losses": cell.losses}

@@ -2,8 +2,8 @@
 
 A tile has a fixed number of cells; the last one is filled up with a cell of its own. The
 program is therefore the same for a continent and for a single cell, and what it gives for
-a cell depends on that cell alone: the key of a cell is folded from its labels, and no
-lane of the map reads another.
+a cell depends on that cell alone: the key of a cell is folded from its labels, no lane of
+the map reads another, and each lane is computed by the same instructions.
 """
 
 from __future__ import annotations
@@ -12,22 +12,40 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xr_aimz import keys
 from xr_aimz.binding import Binding, arrange
-from xr_aimz.infer.cells import Cell, CellMethod, deterministics
+from xr_aimz.infer.cells import OK, CellMethod, Lane, cell_status, deterministics
 from xr_aimz.infer.problem import Problem
 from xr_aimz.model import tracing
 
-__all__ = ["Tiles", "tiles"]
+__all__ = ["Cells", "Tiles", "tiles"]
 
 _compiled: dict[Any, Any] = {}
+# Lanes whose results are thrown away. A loop over lanes is vectorized, and its last turns may
+# be done one by one, with other roundings; chains are chaotic, and double such a difference
+# at every step (docs/decisions/cells.md).
+_SPARE = 16
 # Tiles run one after another: two programs with loops in them, run at once from two threads,
 # waited for each other's threads for good (docs/decisions/cells.md).
+
+
+class Cells(NamedTuple):
+    """What a tile gives, the cells' axis first.
+
+    ``samples`` and ``stats`` are arrays ``(cell, chain, draw, ...)`` by name, NaN where the
+    ``status`` is not ok; ``losses`` are ``(cell, step)``, or None.
+    """
+
+    samples: dict[str, Any]
+    stats: dict[str, Any]
+    losses: Any
+    status: Any
 
 
 @dataclass(frozen=True)
@@ -42,14 +60,14 @@ class Tiles:
         Of what was traced: the model, the method and its options, the shapes.
     cells : int
         In a tile.
-    outputs : Cell
-        Shapes and dtypes of what a tile gives, the cells' axis first.
+    outputs : Cells
+        Shapes and dtypes of what a tile gives.
     """
 
     program: Callable
     digest: str
     cells: int
-    outputs: Cell
+    outputs: Cells
 
     def run(
         self,
@@ -57,7 +75,7 @@ class Tiles:
         words: np.ndarray,
         own: Mapping[str, np.ndarray],
         shared: Mapping[str, np.ndarray],
-    ) -> Iterator[Cell]:
+    ) -> Iterator[Cells]:
         """Fit any number of cells: what each tile gives, in order, on the host.
 
         Parameters
@@ -108,20 +126,53 @@ def tiles(
     own = {k for k, found in dims.items() if set(found) & set(binding.per)}
     one = _one(method, problem, binding, dims, wanted)
 
-    def tile(seed: Any, words: Any, mine: Any, shared: Any) -> Cell:
-        # Keys of all cells in one fold: in the map each would be folded on its own.
-        return jax.vmap(one, in_axes=(0, 0, None))(keys.fold(seed, words), mine, shared)
+    chains = method.shape[0]
+    count = max(method.lanes // chains, 1)
+
+    def tile(seed: Any, words: Any, mine: Any, shared: Any) -> Cells:
+        lanes = jax.tree.map(lambda x: _lanes(jnp.repeat(x, chains, axis=0)), mine)
+        found = jax.vmap(one, in_axes=(0, 0, None))(_keys(seed, words, chains), lanes, shared)
+        return _cells(found, count, chains)
 
     word = jax.ShapeDtypeStruct((2,), np.uint32)
-    mine = {k: _stacked(structs[k], method.cells) for k in structs if k in own}
+    mine = {k: _stacked(structs[k], count) for k in structs if k in own}
     shared = {k: structs[k] for k in structs if k not in own}
     with tracing(problem.block):
-        traced = jax.jit(tile).trace(word, _stacked(word, method.cells), mine, shared)
+        traced = jax.jit(tile).trace(word, _stacked(word, count), mine, shared)
         digest = _digest(traced.jaxpr)
         if digest not in _compiled:
             _compiled[digest] = traced.lower().compile()
     outputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), traced.out_info)
-    return Tiles(_compiled[digest], digest, method.cells, outputs)
+    return Tiles(_compiled[digest], digest, count, outputs)
+
+
+def _lanes(x: jax.Array) -> jax.Array:
+    """With spare lanes at the end, of the first lane's own."""
+    return jnp.concatenate([x, jnp.repeat(x[:1], _SPARE, axis=0)])
+
+
+def _keys(seed: jax.Array, words: jax.Array, chains: int) -> jax.Array:
+    """The key of each lane, from the labels of its cell and the number of its chain."""
+    chain = jnp.stack([jnp.zeros(chains, jnp.uint32), jnp.arange(chains, dtype=jnp.uint32)], -1)
+    each = jax.vmap(keys.fold, in_axes=(0, None))(keys.fold(seed, words), chain)
+    return _lanes(each.reshape(-1, 2))
+
+
+def _cells(found: Lane, count: int, chains: int) -> Cells:
+    """The lanes of each cell together, less the spare ones."""
+
+    def gathered(x: jax.Array) -> jax.Array:
+        return x[: count * chains].reshape(count, chains, *x.shape[1:])
+
+    lanes = jax.tree.map(gathered, found)
+    status = cell_status(lanes.status)
+
+    def drawn(x: jax.Array) -> jax.Array:
+        return jnp.where((status == OK).reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
+
+    samples = jax.tree.map(drawn, lanes.samples)
+    losses = None if lanes.losses is None else lanes.losses[:, 0]
+    return Cells(samples, lanes.stats, losses, status)
 
 
 def _one(
@@ -130,17 +181,17 @@ def _one(
     binding: Binding,
     dims: Mapping[str, tuple[str, ...]],
     wanted: tuple[str, ...],
-) -> Callable[[Any, Any, Any], Cell]:
+) -> Callable[[Any, Any, Any], Lane]:
     seen = {k: tuple(d for d in found if d not in binding.per) for k, found in dims.items()}
 
-    def one(words: Any, mine: Any, shared: Any) -> Cell:
+    def one(words: Any, mine: Any, shared: Any) -> Lane:
         key = jax.random.wrap_key_data(words, impl="threefry2x32")
         arguments = arrange(binding, {**shared, **mine}, seen, problem.block)
-        cell = method.infer(problem, key, arguments)
+        lane = method.infer(problem, key, arguments)
         if not wanted:
-            return cell
-        further = deterministics(problem, arguments, cell.samples, wanted)
-        return cell._replace(samples={**cell.samples, **further})
+            return lane
+        further = deterministics(problem, arguments, lane.samples, wanted)
+        return lane._replace(samples={**lane.samples, **further})
 
     return one
 

@@ -1,8 +1,8 @@
 """One cell's inference as a pure function, to be mapped over cells.
 
-Each function takes a key and the arguments of one cell, and gives draws and a status. It
-has no Python state that outlives its trace, stops by itself, and does the same for a cell
-whatever its neighbours: a cell that goes wrong says so and gives NaN.
+Each function takes a key and the arguments of one cell, and gives one chain of draws and a
+status. It has no Python state that outlives its trace and stops by itself, so that cells,
+and the chains of a cell, can be lanes of one map.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from xr_aimz.infer.problem import Problem
 __all__ = [
     "FLAGS",
     "NO_DATA",
-    "Cell",
+    "OK",
     "CellMethod",
+    "Lane",
+    "cell_status",
     "deterministics",
     "laplace_cells",
     "mcmc_cells",
@@ -38,15 +40,15 @@ FLAGS = ("ok", "no_data", "not_finite", "diverged", "no_mode")
 OK, NO_DATA, NOT_FINITE, DIVERGED, NO_MODE = range(len(FLAGS))
 # A map steps on until its last cell is done, so few cells waste less on each other; but
 # each step has a cost of its own. Measured: docs/decisions/cells.md.
-_MCMC_CHAINS, _SVI_CELLS, _LAPLACE_CELLS = 64, 64, 256
+_MCMC_LANES, _SVI_LANES, _LAPLACE_LANES = 64, 112, 240
 _LOSSES = 500
 
 
-class Cell(NamedTuple):
-    """What the inference of one cell gives.
+class Lane(NamedTuple):
+    """What the inference of one chain in one cell gives.
 
-    ``samples`` and ``stats`` are arrays ``(chain, draw, ...)`` by name, ``losses`` the mean
-    loss of each run of steps, or None.
+    ``samples`` and ``stats`` are arrays ``(draw, ...)`` by name, ``losses`` the mean loss of
+    each run of steps, or None.
     """
 
     samples: dict[str, jax.Array]
@@ -62,13 +64,13 @@ class CellMethod:
     Parameters
     ----------
     infer : callable
-        From a problem, a key and a cell's arguments to a :class:`Cell`; traceable.
+        From a problem, a chain's key and a cell's arguments to a :class:`Lane`; traceable.
     check : callable
         Refuses a problem that this method cannot take.
     shape : tuple of int
         The number of chains, and of draws a chain.
-    cells : int
-        How many cells are mapped over at once, always: one program, whatever the region.
+    lanes : int
+        How many chains of cells are mapped over at once.
     name : str
     loss_steps : tuple of int
         After which step each loss was taken.
@@ -76,10 +78,10 @@ class CellMethod:
         The share of the steps at the optimizer's full rate.
     """
 
-    infer: Callable[[Problem, jax.Array, Mapping[str, Any]], Cell]
+    infer: Callable[[Problem, jax.Array, Mapping[str, Any]], Lane]
     check: Callable[[Problem], None]
     shape: tuple[int, int]
-    cells: int
+    lanes: int
     name: str
     loss_steps: tuple[int, ...] = ()
     full_rate: float = 1.0
@@ -90,18 +92,15 @@ def mcmc_cells(
 ) -> CellMethod:
     """Chains in every cell; ``make_kernel`` makes a kernel anew for each trace."""
 
-    def infer(problem: Problem, key: jax.Array, arguments: Mapping[str, Any]) -> Cell:
+    def infer(problem: Problem, key: jax.Array, arguments: Mapping[str, Any]) -> Lane:
         sampler = MCMC(
             mcmc.without_deterministics(make_kernel(problem.model)),
             num_warmup=warmup,
             num_samples=draws,
-            num_chains=chains,
-            chain_method="vectorized",
             progress_bar=False,
         )
         sampler.run(key, extra_fields=("diverging", "potential_energy", "num_steps"), **arguments)
-        found = sampler.get_samples(group_by_chain=True)
-        extra = sampler.get_extra_fields(group_by_chain=True)
+        found, extra = sampler.get_samples(), sampler.get_extra_fields()
         samples = {name: found[name] for name in problem.named("latent")}
         finite = _finite([*samples.values(), extra["potential_energy"]])
         lost = jnp.where(jnp.all(extra["diverging"]), DIVERGED, OK)
@@ -110,12 +109,11 @@ def mcmc_cells(
             "lp": -extra["potential_energy"],
             "n_steps": extra["num_steps"],
         }
-        return _cell(samples, stats, None, jnp.where(finite, lost, NOT_FINITE))
+        return Lane(samples, stats, None, jnp.where(finite, lost, NOT_FINITE))
 
     kind = type(make_kernel(lambda: None)).__name__
     counted = f"{mcmc.counted(chains, 'chain')}, {mcmc.counted(warmup, 'warmup step')}"
-    cells = max(_MCMC_CHAINS // chains, 1)
-    return CellMethod(infer, _check, (chains, draws), cells, f"{kind} per cell, {counted}")
+    return CellMethod(infer, _check, (chains, draws), _MCMC_LANES, f"{kind} per cell, {counted}")
 
 
 def svi_cells(
@@ -125,7 +123,7 @@ def svi_cells(
     stride = -(-steps // _LOSSES)
     first = steps % stride
 
-    def infer(problem: Problem, key: jax.Array, arguments: Mapping[str, Any]) -> Cell:
+    def infer(problem: Problem, key: jax.Array, arguments: Mapping[str, Any]) -> Lane:
         inference = svi.svi_for(problem.model, guide, optimizer, init, steps)
         start, sample = jax.random.split(key)
         state = inference.init(start, **arguments)
@@ -144,36 +142,34 @@ def svi_cells(
         )
         params = inference.get_params(state)
         found = inference.guide.sample_posterior(sample, params, sample_shape=(draws,))
-        samples = {name: found[name][None] for name in problem.named("latent")}
+        samples = {name: found[name] for name in problem.named("latent")}
         finite = _finite([*samples.values(), losses[-1]])
-        return _cell(samples, {}, losses, jnp.where(finite, OK, NOT_FINITE))
+        return Lane(samples, {}, losses, jnp.where(finite, OK, NOT_FINITE))
 
     at = tuple(range(first + stride, steps + 1, stride))
     name = f"SVI per cell, {guide.__name__ if guide else 'AutoNormal'}, {steps} steps"
-    return CellMethod(infer, _check, (1, draws), _SVI_CELLS, name, at, full_rate)
+    return CellMethod(infer, _check, (1, draws), _SVI_LANES, name, at, full_rate)
 
 
 def laplace_cells(init: Any, *, draws: int) -> CellMethod:
     """A mode and its curvature in every cell."""
 
-    def infer(problem: Problem, key: jax.Array, arguments: Mapping[str, Any]) -> Cell:
+    def infer(problem: Problem, key: jax.Array, arguments: Mapping[str, Any]) -> Lane:
         found = laplace.approximate(problem, key, arguments, draws=draws, init=init)
-        samples = {name: value[None] for name, value in found.samples.items()}
-        status = jnp.where(found.found, OK, NO_MODE)
-        status = jnp.where(found.found & ~_finite(samples.values()), NOT_FINITE, status)
-        return _cell(samples, {}, None, status)
+        finite = jnp.where(_finite(found.samples.values()), OK, NOT_FINITE)
+        return Lane(found.samples, {}, None, jnp.where(found.found, finite, NO_MODE))
 
     def check(problem: Problem) -> None:
         _check(problem)
         laplace.check(problem)
 
-    return CellMethod(infer, check, (1, draws), _LAPLACE_CELLS, "Laplace per cell")
+    return CellMethod(infer, check, (1, draws), _LAPLACE_LANES, "Laplace per cell")
 
 
 def deterministics(
     problem: Problem, arguments: Mapping[str, Any], samples: Mapping[str, jax.Array], names: Any
 ) -> dict[str, jax.Array]:
-    """Deterministic sites ``(chain, draw, ...)`` at draws of the latents; traceable."""
+    """Deterministic sites ``(draw, ...)`` at draws of the latents; traceable."""
 
     def at(values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         # Every site is known, so the key is used by nothing.
@@ -182,7 +178,7 @@ def deterministics(
         return {name: trace[name]["value"] for name in names}
 
     with numpyro.validation_enabled(False):
-        return jax.vmap(jax.vmap(at))(dict(samples))
+        return jax.vmap(at)(dict(samples))
 
 
 def _check(problem: Problem) -> None:
@@ -200,8 +196,13 @@ def _finite(values: Any) -> jax.Array:
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(value)) for value in values]))
 
 
-def _cell(
-    samples: dict[str, jax.Array], stats: dict[str, jax.Array], losses: Any, status: jax.Array
-) -> Cell:
-    kept = jax.tree.map(lambda x: jnp.where(status == OK, x, jnp.nan), samples)
-    return Cell(kept, stats, losses, status.astype(jnp.int8))
+def cell_status(chains: jax.Array) -> jax.Array:
+    """The status of cells from those of their chains ``(cell, chain)``.
+
+    One chain without numbers spoils its cell; one that diverged shows in its R-hat, and only
+    where all did is nothing left.
+    """
+    spoiled = ((chains != OK) & (chains != DIVERGED)).any(axis=1)
+    worst = jnp.where(spoiled[:, None] & (chains == DIVERGED), OK, chains).max(axis=1)
+    diverged = jnp.where((chains == DIVERGED).all(axis=1), DIVERGED, OK)
+    return jnp.where(spoiled, worst, diverged).astype(jnp.int8)
