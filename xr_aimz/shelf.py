@@ -138,7 +138,12 @@ class Stored:
             )
         counts = [-(-n // b) for n, b in zip(self._plan.sizes, self.block, strict=True)]
         self._root.create_array(
-            _RECORD, shape=tuple(counts), dtype="uint64", chunks=(1,) * len(counts), fill_value=0
+            _RECORD,
+            shape=tuple(counts),
+            dtype="uint64",
+            chunks=(1,) * len(counts),
+            fill_value=0,
+            dimension_names=[f"{d}_block" for d in binding.per],
         )
 
     def _dims(self, name: str, lead: int, ndim: int) -> tuple[str, ...]:
