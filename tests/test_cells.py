@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpyro.infer import MCMC, NUTS
 from numpyro.infer.autoguide import AutoMultivariateNormal
+from scipy.stats import norm
 
 import xr_aimz
 from xr_aimz.errors import (
@@ -272,8 +273,8 @@ def test_log_likelihood_is_the_density_of_each_cell(ds, laplace):
     found = ds.aimz.log_likelihood(laplace).y.compute()
     draws = laplace.posterior
     mean = (draws.level + draws.slope * ds.x).transpose("chain", "draw", "time", *PER)
-    expected = dist.Normal(mean.values, NOISE).log_prob(ds.y.values)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    expected = norm(mean.values, NOISE).logpdf(ds.y.values)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_cell_that_the_fit_never_saw_is_an_error(ds, laplace):
@@ -303,7 +304,7 @@ def test_inputs_may_lack_or_have_the_cells_dims(ds):
         slope = numpyro.sample("slope", dist.Normal(0, 1))
         numpyro.sample("y", dist.Normal(slope * x + height, NOISE), obs=y)
 
-    inputs = xr.Dataset({"height": offset, "x": ds.x}, ds.coords)
+    inputs = ds.drop_vars("y").assign(height=offset)
     exact = inputs.assign(y=(inputs.height + 0.7 * ds.x).expand_dims(lon=ds.lon))
     fit = quiet(exact, shifted, method="laplace", draws=500)
     np.testing.assert_allclose(fit.posterior.slope.mean(("chain", "draw")), 0.7, atol=0.06)
