@@ -16,7 +16,7 @@ from xr_aimz import tiles
 from xr_aimz.errors import StoreError
 
 OPTIONS = {"per": ("lat", "lon"), "method": "laplace", "draws": 30, "progress": False}
-# 300 cells are two tiles; blocks of one tile make two blocks of them.
+# A tile has 240 cells, so that blocks are two rows of a hundred, and the one that is left.
 SMALL = {"block_bytes": 1}
 
 
@@ -91,7 +91,7 @@ def test_the_store_is_a_posterior_of_arviz_by_itself(ds, expected, tmp_path):
 
 def test_finished_blocks_are_not_fitted_twice(ds, expected, tmp_path, monkeypatch):
     store = tmp_path / "fit.zarr"
-    cut = Counter(monkeypatch, limit=200)
+    cut = Counter(monkeypatch, limit=150)
     with pytest.raises(KeyboardInterrupt):
         stored(ds, store)
     monkeypatch.undo()

@@ -57,13 +57,16 @@ def inference(
             options["full_rate"] = svi.FULL_RATE
         return _variational(made, options, seed, progress)
     if method == "laplace":
-        options = {"draws": 1000, **_taken(method, asked, {"draws", "init"})}
-        init = options.pop("init", None)
-        return lambda problem: laplace.run(problem, seed=seed, init=init, **options)
+        return _gaussian(_taken(method, asked, {"draws", "init"}), seed)
     raise OptionError(
         f"method={method!r}: there are 'nuts', 'svi', 'laplace', and NumPyro's own kernels, MCMC, "
         "SVI and autoguides"
     )
+
+
+def _gaussian(options: dict[str, Any], seed: int) -> Callable[[Problem], Draws]:
+    settings = {"draws": 1000, "init": None, **options}
+    return lambda problem: laplace.run(problem, seed=seed, **settings)
 
 
 def cell_inference(model: Callable, method: Any, asked: dict[str, Any]) -> CellMethod:
