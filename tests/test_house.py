@@ -29,6 +29,7 @@ ROOMS = (
     "blanks",
     "missing",
     "worlds",
+    "mapped",
     "kernel",
     "paths",
     "device",
@@ -37,6 +38,7 @@ ROOMS = (
     "diagnostics",
     "probe",
     "guard",
+    "cell_diagnostics",
     "posterior",
     "batches",
     "stream",
@@ -55,9 +57,15 @@ ROOMS = (
     "infer.training",
     "infer.entry_draws",
     "infer.minibatch",
+    "infer.laplace",
+    "infer.cells",
     "infer.methods",
     "infer.retarget",
     "gaps",
+    "tiles",
+    "per_cell",
+    "shelf",
+    "assembly",
     "fit",
     "from_posterior",
     "unseen",
@@ -71,6 +79,7 @@ ROOMS = (
     "reduction",
     "summary",
     "blocks",
+    "cell_results",
     "evaluation",
     "predict",
     "prior",
@@ -90,7 +99,8 @@ ROOMS = (
 # Where alone a package may be imported.
 HOMES = {
     "dask": {"blocks", "scheduling", "store", "stream", "writing"},
-    "zarr": {"manifest", "store", "template", "transaction", "writing"},
+    # A fit larger than memory goes to disk as it is made, before there is anything to predict.
+    "zarr": {"manifest", "shelf", "store", "template", "transaction", "writing"},
     "numcodecs": {"store"},
     "mlflow": {"mlflow"},
     "matplotlib": {"plot", "demo"},
@@ -100,7 +110,10 @@ HOMES = {
 # What rooms must not see.
 BLIND = (
     (("errors", "options", "labels", "accessor", "__init__"), {"jax", "numpyro", "flax"}),
-    (("keys", "kernel", "worlds", "device", "cellwise", "threefry"), {"pandas", "xarray"}),
+    (
+        ("keys", "kernel", "mapped", "worlds", "device", "cellwise", "threefry"),
+        {"pandas", "xarray"},
+    ),
 )
 NO_DEVICE = ("binding", "posterior", "effects")
 DEVICES = {"devices", "local_devices", "device_count", "local_device_count", "device_put"}

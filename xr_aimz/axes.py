@@ -138,7 +138,7 @@ def _outcome_dims(
         return None
     source = binding.argument(site.obs_argument).sources[0]
     first: list[str | None] = [d if d in (*source.dims, TABLE) else None for d in observed]
-    extra: list[str | None] = [d for d in source.dims if d not in binding.dims]
+    extra: list[str | None] = [d for d in source.dims if d not in binding.cut_dims]
     dims = tuple(first + extra) if set(source.dims) & set(binding.dims) else tuple(extra)
     return dims if len(dims) == len(site.shape) else None
 
@@ -149,7 +149,7 @@ def _event_dim(site: Site, binding: Binding, index: int) -> str:
     if site.obs_argument is not None:
         # A multivariate outcome has the names of its variable's own trailing dims.
         source = binding.argument(site.obs_argument).sources[0]
-        trailing = [d for d in source.dims if d not in binding.dims]
+        trailing = [d for d in source.dims if d not in binding.cut_dims]
         if index < len(trailing):
             return trailing[index]
     return f"{site.name}_dim_{site.batch_ndim + index}"
@@ -168,9 +168,12 @@ def _distinct(site: Site, dims: list[str | None]) -> tuple[str | None, ...]:
 
 
 def dims_in_dataset(site: Site, binding: Binding) -> tuple[str, ...]:
-    """The dims of a site's array in a Dataset: broadcast axes gone, a table unfolded."""
+    """The dims of a site's array in a Dataset: those of ``per``, then the site's own.
+
+    Broadcast axes are gone, and a table is unfolded.
+    """
     spread = [binding.dims if d == TABLE else (d,) for d in site.dims if d is not None]
-    return tuple(d for dims in spread for d in dims)
+    return binding.per + tuple(d for dims in spread for d in dims)
 
 
 def shape_in_dataset(

@@ -85,6 +85,8 @@ class Binding:
     labels : mapping
         The index of each dimension that is not an observation dimension: its order at
         the fit is the order that the model knows.
+    per : tuple of str
+        Dimensions over which the model is fitted independently; it sees arrays without them.
     """
 
     arguments: tuple[Argument, ...]
@@ -93,6 +95,12 @@ class Binding:
     core_dims: tuple[str, ...] = ()
     layout: str = "grid"
     labels: Mapping[str, pd.Index] = field(default_factory=dict)
+    per: tuple[str, ...] = ()
+
+    @property
+    def cut_dims(self) -> tuple[str, ...]:
+        """The dims along which blocks are cut and draws are addressed, in arrays' order."""
+        return self.per + self.dims
 
     @property
     def outcomes(self) -> tuple[Argument, ...]:
@@ -196,9 +204,13 @@ def _source(key: str, name: str, array: xr.DataArray) -> Source:
 
 
 def observation_dims(
-    ds: xr.Dataset, arguments: tuple[Argument, ...], dim: Any, event_ndim: int
+    ds: xr.Dataset,
+    arguments: tuple[Argument, ...],
+    dim: Any,
+    event_ndim: int,
+    per: tuple[str, ...] = (),
 ) -> tuple[str, ...]:
-    """The observation dimensions: ``dim``, or the outcome's less its event dimensions."""
+    """The observation dimensions: ``dim``, or the outcome's less its event dimensions and per."""
     if dim is not None:
         dims = (dim,) if isinstance(dim, str) else tuple(dim)
         known = {d for a in arguments for s in a.sources for d in s.dims} | set(map(str, ds.dims))
@@ -210,8 +222,9 @@ def observation_dims(
         return dims
     candidates = [a for a in arguments if a.outcome] or list(arguments)
     if not candidates:
-        return tuple(map(str, ds.dims))
-    longest = max((s.dims for a in candidates for s in a.sources), key=len)
+        return tuple(str(d) for d in ds.dims if d not in per)
+    seen = [tuple(d for d in s.dims if d not in per) for a in candidates for s in a.sources]
+    longest = max(seen, key=len)
     return longest[: len(longest) - event_ndim]
 
 
@@ -280,4 +293,5 @@ def block_of(binding: Binding, sizes: Mapping[str, int]) -> Block:
     rank = len(binding.dims)
     table = binding.layout == "table"
     places = {d: -1 if table else i - rank for i, d in enumerate(binding.dims)}
-    return Block(dict(sizes), places, table)
+    seen = {d: n for d, n in sizes.items() if d not in binding.per}
+    return Block(seen, places, table)

@@ -21,7 +21,6 @@ from dask._task_spec import Task as GraphTask
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
-from xr_aimz.axes import dims_in_dataset
 from xr_aimz.binding import block_of
 from xr_aimz.blanks import check_whole
 from xr_aimz.device import run, to_device_dtype
@@ -93,7 +92,7 @@ def lazy_sites(
         chain and draw.
     """
     # Equal tokens, equal values: what dask may share between two graphs.
-    labels = {d: inputs.labels.get(d) for d in task.program.binding.dims}
+    labels = {d: inputs.labels.get(d) for d in task.program.binding.cut_dims}
     arrays = dict(inputs.arrays)
     parts = (task.identity, task.name, task.seed, task.after, plan, words, labels, arrays)
     token = tokenize(*parts)
@@ -147,7 +146,7 @@ def _operands(
     found: list[tuple[str, str, tuple[str, ...], Any]] = [
         ("words", d, (d, "word"), words[d]) for d in ("chain", "draw")
     ]
-    for d in task.program.binding.dims:
+    for d in task.program.binding.cut_dims:
         found.append(("words", d, (d, "word"), _words(d, inputs, chunks[d])))
     for name, array in inputs.arrays.items():
         found.append(("array", name, tuple(map(str, array.dims)), array.data))
@@ -239,14 +238,13 @@ def _run_block(task: Task, *blocks: np.ndarray) -> dict[str, np.ndarray]:
         _over_draws(task, parts, shape),
         {
             "arrays": parts["array"],
-            "words": {d: parts["words"][d] for d in binding.dims},
+            "words": {d: parts["words"][d] for d in binding.cut_dims},
             "params": task.params,
         },
     )
     check_whole(binding, task.program.sites, parts["array"], outputs)
-    leading, sites = task.program.leading, task.program.sites
     draws = {
-        site: _cut(value, (*leading, *dims_in_dataset(sites[site], binding)), lengths, shape)
+        site: _cut(value, task.program.result_dims(site), lengths, shape)
         for site, value in outputs.items()
     }
     return task.after(draws)

@@ -61,6 +61,7 @@ def bind(
     dim: Any = None,
     core_dim: Any = None,
     layout: str = "grid",
+    per: Any = None,
     known: Collection[str] | None = None,
 ) -> Bound:
     """Bind a model's arguments to a Dataset's variables and trace it on their shapes.
@@ -69,7 +70,7 @@ def bind(
     ----------
     ds : Dataset
     model : callable
-    variables, dim, core_dim, layout
+    variables, dim, core_dim, layout, per
         As in :func:`xr_aimz.fit`.
     known : collection of str, optional
         Sites whose draws are at hand; with it, an outcome need not be in the Dataset:
@@ -86,7 +87,9 @@ def bind(
     optional = {p.name for p in signature if not p.required and p.default is None}
     marked = tuple(replace(a, outcome=a.name in optional) for a in arguments)
     core = (core_dim,) if isinstance(core_dim, str) else tuple(core_dim or ())
-    make = partial(_binding, ds, constants=constants, dim=dim, core=core, layout=layout)
+    cells = (per,) if isinstance(per, str) else tuple(per or ())
+    _check_per(ds, marked, cells, core, dim)
+    make = partial(_binding, ds, constants=constants, dim=dim, core=core, layout=layout, per=cells)
     bound = _settle(ds, model, marked, make, dim)
     observed = [s for s in bound.sites.values() if s.kind == "observed"]
     if known is None:
@@ -109,14 +112,45 @@ def _binding(
     dim: Any,
     core: tuple[str, ...],
     layout: str,
+    per: tuple[str, ...],
 ) -> Binding:
-    dims = observation_dims(ds, arguments, dim, event_ndim)
+    dims = observation_dims(ds, arguments, dim, event_ndim, per)
     strangers = [d for d in core if d not in dims]
     if strangers:
         raise DimensionError(
             f"core_dim={strangers!r} is not among the observation dimensions {dims!r}"
         )
-    return Binding(arguments, constants, dims, core, layout, labels_of(ds, arguments, dims))
+    labels = labels_of(ds, arguments, per + dims)
+    return Binding(arguments, constants, dims, core, layout, labels, per)
+
+
+def _check_per(
+    ds: xr.Dataset,
+    arguments: tuple[Argument, ...],
+    per: tuple[str, ...],
+    core: tuple[str, ...],
+    dim: Any,
+) -> None:
+    """Every cell has an outcome of its own, and is independent of the others."""
+    if twice := sorted({d for d in per if per.count(d) > 1}):
+        raise DimensionError(f"per={per!r} names {twice!r} more than once")
+    dims = (dim,) if isinstance(dim, str) else tuple(dim or ())
+    for name, others in (("core_dim", core), ("dim", dims)):
+        if both := [d for d in per if d in others]:
+            raise DimensionError(
+                f"per={both!r} is in {name}={others!r} too: a model is fitted for each label of "
+                "per, and sees no such dimension; leave it out of one of them"
+            )
+    for argument in arguments if per else ():
+        for source in argument.sources if argument.outcome else ():
+            absent = [d for d in per if d not in source.dims]
+            if absent:
+                scalar = [d for d in absent if d in ds.coords and ds[d].ndim == 0]
+                raise DimensionError(
+                    f"per={absent!r}: the outcome {source.name!r} has no such dimension, it has "
+                    f"{source.dims!r}"
+                    + (f"; give it back with ds.expand_dims({scalar!r})" if scalar else "")
+                )
 
 
 def _settle(
@@ -128,7 +162,8 @@ def _settle(
 ) -> Bound:
     """The first binding, by number of event dimensions, that its own trace agrees with."""
     outcomes = [a for a in arguments if a.outcome]
-    most = max((len(s.dims) for a in outcomes for s in a.sources), default=0)
+    per = make(arguments, 0).per
+    most = max((len(set(s.dims) - set(per)) for a in outcomes for s in a.sources), default=0)
     first_error: Exception | None = None
     for event_ndim in range(1 if dim is not None else most + 1):
         binding = make(arguments, event_ndim)
@@ -170,9 +205,10 @@ def _note_absent(
 
 def _traced(model: Callable, binding: Binding, inputs: Inputs) -> tuple[Bound, set[str]]:
     """The bound model, and the names of the arguments that reach an observed value."""
-    block = block_of(binding, inputs.sizes)
-    arranged = partial(arrange, binding, dims=inputs.dims, block=block)
-    structs = _structs(inputs, inputs.sizes)
+    cell = inputs.of_cell(binding.per)
+    block = block_of(binding, cell.sizes)
+    arranged = partial(arrange, binding, dims=cell.dims, block=block)
+    structs = _structs(cell, cell.sizes)
     sites = {s.name: s for s in trace_sites(model, arranged, structs, block)}
     through = observed_through(model, arranged, structs, block) if structs else {}
     reads = read_by(model, arranged, structs, block) if structs else {}
@@ -259,23 +295,24 @@ def _check_dims_known(bound: Bound, dim: Any) -> None:
 
 def _named(bound: Bound) -> Bound:
     """The sites with their dims, from a second trace on a probe where the model allows one."""
-    binding, sizes = bound.binding, probe_sizes(bound.binding, bound.inputs.sizes)
+    binding, inputs = bound.binding, bound.inputs.of_cell(bound.binding.per)
+    sizes = probe_sizes(binding, inputs.sizes)
     block = block_of(binding, sizes)
-    arranged = partial(arrange, binding, dims=bound.inputs.dims, block=block)
+    arranged = partial(arrange, binding, dims=inputs.dims, block=block)
     try:
-        probed = trace_sites(bound.model, arranged, _structs(bound.inputs, sizes), block)
+        probed = trace_sites(bound.model, arranged, _structs(inputs, sizes), block)
     except Exception:
         # Sizes are written into the model: its axes are matched by position instead.
         probed = None
-    sites = with_dims(tuple(bound.sites.values()), probed, binding, bound.inputs.sizes)
+    sites = with_dims(tuple(bound.sites.values()), probed, binding, inputs.sizes)
     labels = {
-        d: bound.inputs.labels[d]
+        d: inputs.labels[d]
         for site in sites
         for d, n in zip(site.dims, site.shape, strict=True)
         if d is not None
-        and d in bound.inputs.labels
-        and d not in binding.dims
-        and bound.inputs.sizes[d] == n
+        and d in inputs.labels
+        and d not in binding.cut_dims
+        and inputs.sizes[d] == n
     }
     binding = replace(binding, labels={**binding.labels, **labels})
     return replace(bound, binding=binding, sites={s.name: s for s in sites})
@@ -296,7 +333,7 @@ def _check_names(bound: Bound) -> None:
 
 def _check_constants(bound: Bound) -> None:
     """An array along the observations has labels, or it cannot be selected with them."""
-    sizes = {bound.inputs.sizes[d]: d for d in bound.binding.dims if bound.inputs.sizes[d] > 1}
+    sizes = {bound.inputs.sizes[d]: d for d in bound.binding.cut_dims if bound.inputs.sizes[d] > 1}
     for name, value in bound.binding.constants.items():
         along = [sizes[n] for n in getattr(value, "shape", ()) if n in sizes]
         if along:

@@ -64,6 +64,7 @@ def describe(
     *,
     dim: str | tuple[str, ...] | None = None,
     core_dim: str | tuple[str, ...] | None = None,
+    per: str | tuple[str, ...] | None = None,
     layout: str = "grid",
 ) -> Description:
     """What a model's arguments, sites and dimensions are on this Dataset.
@@ -72,7 +73,7 @@ def describe(
     ----------
     ds : Dataset
     model_or_fit : callable or Fit
-    variables, dim, core_dim, layout
+    variables, dim, core_dim, per, layout
         As in :func:`xr_aimz.fit`; a Fit has its own.
 
     Returns
@@ -91,7 +92,8 @@ def describe(
         inputs = gather(fit.binding, ds, outcomes=False)
         bound = Bound(fit.model, fit.binding, inputs, fit.sites)
     else:
-        bound = bind(ds, model_or_fit, variables, dim=dim, core_dim=core_dim, layout=layout)
+        names: dict[str, Any] = {"dim": dim, "core_dim": core_dim, "layout": layout, "per": per}
+        bound = bind(ds, model_or_fit, variables, **names)
     name = getattr(bound.model, "__name__", repr(bound.model))
     return Description(
         f"{name} on a Dataset with dims {dict(ds.sizes)!r}, layout {bound.binding.layout!r}",
@@ -120,6 +122,7 @@ def _dimensions(bound: Bound) -> tuple[Sequence[str], Rows]:
     for dim, size in bound.inputs.sizes.items():
         role = "observation" if dim in bound.binding.dims else "event or extra"
         role = "core" if dim in bound.binding.core_dims else role
+        role = "per: a fit for each label" if dim in bound.binding.per else role
         chunks = bound.inputs.chunks.get(dim)
         rows.append((dim, str(size), role, "whole" if chunks is None else repr(chunks)))
     return header, rows
@@ -134,7 +137,8 @@ def _sites(bound: Bound) -> tuple[Sequence[str], Rows]:
         )
         dims = dims_in_dataset(site, bound.binding)
         local = site.kind == "latent" and set(dims) & set(bound.binding.dims)
-        shape = shape_in_model(site, bound.binding, bound.inputs.sizes)
+        cells = tuple(bound.inputs.sizes[d] for d in bound.binding.per)
+        shape = cells + shape_in_model(site, bound.binding, bound.inputs.sizes)
         size = "" if site.dtype is None else _bytes(prod(shape) * site.dtype.itemsize)
         rows.append(
             (

@@ -11,6 +11,8 @@ localization: an improved R-hat, Bayesian Analysis 16 (2).
 
 from __future__ import annotations
 
+from itertools import pairwise, product
+
 import numpy as np
 import xarray as xr
 from numpyro.diagnostics import effective_sample_size, gelman_rubin
@@ -66,6 +68,8 @@ def summarize(posterior: xr.Dataset) -> xr.Dataset:
 
 def _summarize(array: xr.DataArray) -> xr.DataArray:
     ordered = array.transpose("chain", "draw", ...)
+    if ordered.chunks is not None:
+        return _summarize_blocks(ordered)
     x = ordered.values.astype(float)
     template = ordered.isel(chain=0, draw=0, drop=True)
     enough = x.shape[1] >= 4
@@ -76,6 +80,19 @@ def _summarize(array: xr.DataArray) -> xr.DataArray:
     parts = [template.copy(data=value).astype(float) for value in values]
     labels = xr.Variable("diagnostic", list(_MEASURES))
     return xr.concat(parts, dim=labels).rename(None)
+
+
+def _summarize_blocks(ordered: xr.DataArray) -> xr.DataArray:
+    """The same of a lazy array, of which one block at a time is in memory."""
+    shape = (len(_MEASURES), *ordered.shape[2:])
+    values = np.empty(shape)
+    edges = [np.cumsum((0, *chunks)) for chunks in (ordered.chunks or ())[2:]]
+    for bounds in product(*(pairwise(e) for e in edges)):
+        block = tuple(slice(*b) for b in bounds)
+        values[(slice(None), *block)] = _summarize(ordered[(..., *block)].compute()).values
+    template = ordered.isel(chain=0, draw=0, drop=True)
+    dims = ("diagnostic", *template.dims)
+    return xr.DataArray(values, {**template.coords, "diagnostic": list(_MEASURES)}, dims)
 
 
 def concerns(

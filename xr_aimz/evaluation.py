@@ -21,6 +21,7 @@ from xr_aimz import keys
 from xr_aimz.axes import dims_in_dataset, shape_in_model
 from xr_aimz.binding import block_of
 from xr_aimz.blocks import Factory, Task, lazy_sites
+from xr_aimz.cell_results import in_cells
 from xr_aimz.device import device_dtype, to_device_dtype, traced
 from xr_aimz.errors import ModelError
 from xr_aimz.guard import check_split
@@ -96,8 +97,13 @@ class Evaluation:
 
     def dims(self, site: str) -> tuple[str, ...]:
         """Those of a site's result after chain and draw."""
-        own = dims_in_dataset(self.fit.sites[site], self.fit.binding)
-        return (*self.program.leading, *own)
+        return self.program.result_dims(site)
+
+    @property
+    def leading(self) -> tuple[str, ...]:
+        """Dims that results have before those of their sites."""
+        own = [s.dim for s in self.statistics if s.dim is not None]
+        return (*own, "chain", "draw", *self.program.leading)
 
     def structs(
         self, sizes: Mapping[str, int], *, drawn: bool = False
@@ -110,18 +116,19 @@ class Evaluation:
 
         def struct(array: xr.DataArray) -> jax.ShapeDtypeStruct:
             dims = [str(d) for d in array.dims if d not in ("chain", "draw")]
-            lengths = tuple(sizes[d] if d in binding.dims else array.sizes[d] for d in dims)
+            lengths = tuple(sizes[d] if d in binding.cut_dims else array.sizes[d] for d in dims)
             return jax.ShapeDtypeStruct(lengths, device_dtype(array.dtype))
 
         word = jax.ShapeDtypeStruct((2,), np.uint32)
         latents = {name: struct(a) for name, a in self.latents.items()}
         for name in self.drawn if drawn else ():
             site = self.fit.sites[name]
-            shape = shape_in_model(site, binding, sizes)
+            cells = tuple(sizes[d] for d in binding.per)
+            shape = cells + shape_in_model(site, binding, sizes)
             latents[name] = jax.ShapeDtypeStruct(shape, site.dtype)
         shared = {
             "arrays": {key: struct(a) for key, a in self.inputs.arrays.items()},
-            "words": {d: jax.ShapeDtypeStruct((sizes[d], 2), np.uint32) for d in binding.dims},
+            "words": {d: jax.ShapeDtypeStruct((sizes[d], 2), np.uint32) for d in binding.cut_dims},
             "params": self.fit.params,
         }
         return {"keys": dict.fromkeys(self.program.keyed, word), "latents": latents}, shared
@@ -164,7 +171,7 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
     cut = planned(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
     _check_cut(wanted, cut)
     _check_coupling(wanted, cut, name)
-    padded = {d: cut.largest(d) for d in binding.dims}
+    padded = {d: cut.largest(d) for d in binding.cut_dims}
     if any(padded[d] != inputs.sizes[d] for d in padded):
         structs, name = wanted.traced({**inputs.sizes, **padded})
     outputs = {
@@ -203,6 +210,7 @@ def _named(
         outputs = {n: (("chain", "draw", *dims), one) for n, (dims, one) in outputs.items()}
     lazy = lazy_sites(task, cut, wanted.inputs, wanted.latents, words, outputs)
     result = xr.Dataset({names[n]: (outputs[n][0], array) for n, array in lazy.items()})
+    result = in_cells(result, wanted.fit, wanted.inputs, wanted.leading)
     if not wanted.statistics:
         return result
     # Cells were cut to have room for all draws; what is left of those is small.
@@ -221,10 +229,11 @@ def _check_cut(wanted: Evaluation, cut: Plan) -> None:
     for name in dict.fromkeys((*wanted.sites, *wanted.drawn, *partly)):
         site = wanted.fit.sites[name]
         dims = dims_in_dataset(site, wanted.fit.binding)
-        if site.scanned and dims and dims[0] in pieces:
+        step = next(iter(dims[len(wanted.fit.binding.per) :]), None) if site.scanned else None
+        if step in pieces:
             raise ModelError(
-                f"site {name!r} is inside a scan along {dims[0]!r}, which is cut into blocks; "
-                f"fit with core_dim={dims[0]!r}"
+                f"site {name!r} is inside a scan along {step!r}, which is cut into blocks; "
+                f"fit with core_dim={step!r}"
             )
         through = {k: d - set(dims) for k, d in reads.items() if d - set(dims)}
         if site.kind == "deterministic" and through:
@@ -239,7 +248,18 @@ def _check_cut(wanted: Evaluation, cut: Plan) -> None:
 
 
 def _check_coupling(wanted: Evaluation, cut: Plan, name: str) -> None:
-    fit = wanted.fit
-    pieces = [d for d, chunks in cut.chunks.items() if len(chunks) > 1]
+    """The model, as one cell of a fit with ``per`` sees it, needs no block but its own."""
+    fit, per = wanted.fit, wanted.fit.binding.per
+    pieces = [d for d in wanted.fit.binding.dims if len(cut.chunks[d]) > 1]
+    if not pieces:
+        return
     seen = {str(n): a for ds in (fit.constant_data, fit.observed_data) for n, a in ds.items()}
-    check_split(name, wanted.program, wanted.inputs, wanted.latents, fit.params, pieces, seen)
+    first = dict.fromkeys(per, 0)
+    latents, seen = (
+        {n: a.isel(first, drop=True, missing_dims="ignore") for n, a in arrays.items()}
+        for arrays in (wanted.latents, seen)
+    )
+    inputs = wanted.inputs.of_cell(per)
+    cell = replace(fit.binding.without_data(), per=())
+    program = replace(wanted.program, binding=cell, dims=inputs.dims, worlds=None)
+    check_split(name, program, inputs, latents, fit.params, pieces, seen)

@@ -1,7 +1,7 @@
 """A Dataset and a model become a Fit.
 
-Binding, loading, inference and labels, in that order; what could be wrong is found
-before the first array is loaded.
+Options, binding, loading and inference, in that order; what could be wrong is found before
+the first array is loaded.
 """
 
 from __future__ import annotations
@@ -15,30 +15,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import xarray as xr
 
-from xr_aimz import diagnostics
-from xr_aimz.axes import dims_in_dataset
+from xr_aimz.assembly import assemble, concerns_of, labelled, labelled_draws, wanted
 from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.bound import Bound, bind
-from xr_aimz.device import run, to_device_dtype, traced
-from xr_aimz.errors import ConvergenceWarning
-from xr_aimz.gaps import sample_with_gaps
-from xr_aimz.infer.methods import inference
+from xr_aimz.device import to_device_dtype
+from xr_aimz.errors import ConvergenceWarning, OptionError
+from xr_aimz.gaps import cell_with_gaps, sample_with_gaps
+from xr_aimz.infer.cells import CellMethod
+from xr_aimz.infer.methods import cell_inference, inference
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.infer.retarget import on_model
 from xr_aimz.inputs import Inputs
-from xr_aimz.kernel import Program, predictive
-from xr_aimz.labelling import label
-from xr_aimz.labels import label_words
 from xr_aimz.memory import check_fits
 from xr_aimz.missing import masked, prepare
-from xr_aimz.model import Site
 from xr_aimz.options import shows_progress
+from xr_aimz.per_cell import Memory, Shelf, fit_cells, plan_cells
 from xr_aimz.posterior import Fit
+from xr_aimz.shelf import Stored
 
-__all__ = ["assemble", "fit"]
+__all__ = ["fit"]
+
+Infer = Callable[[Problem], Draws]
 
 
 def fit(
@@ -48,6 +47,7 @@ def fit(
     *,
     dim: str | tuple[str, ...] | None = None,
     core_dim: str | tuple[str, ...] | None = None,
+    per: str | tuple[str, ...] | None = None,
     layout: str = "grid",
     method: Any = "nuts",
     draws: int | None = None,
@@ -61,6 +61,7 @@ def fit(
     checkpoint: str | Path | None = None,
     init: Any = None,
     seed: int = 0,
+    store: str | Path | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Fit a NumPyro model to a Dataset: its arguments are the Dataset's own variables.
@@ -87,17 +88,23 @@ def fit(
         observed site takes as its event.
     core_dim : str or tuple of str, optional
         Observation dimensions that the model couples (a lag, a scan): never split.
+    per : str or tuple of str, optional
+        Dimensions of the outcome over which the model is fitted independently, once for each
+        label: ``per=("lat", "lon")`` is a fit in every grid cell. The model sees arrays without
+        them. Blocks of a chunked Dataset are loaded one after another.
     layout : {"grid", "table"}
         ``"grid"`` hands over arrays that broadcast against the outcome; ``"table"``
         flattens the observation dims to one leading axis.
     method : optional
-        ``"nuts"`` (default), ``"svi"``, or NumPyro's own: a kernel such as
-        ``NUTS(model, target_accept_prob=0.95)``, an ``MCMC``, an ``SVI``, a ``SteinVI``, an
-        autoguide class or instance. With missing values a copy of such an object is run, for
-        a model that leaves them out; a guide written by hand is handed them as they are.
-        ``SteinVI`` and ``ASVGD`` give posteriors that are too narrow; ``SVGD`` does not.
+        ``"nuts"`` (default), ``"svi"``, ``"laplace"`` (a mode and its curvature), or NumPyro's
+        own: a kernel such as ``NUTS(model, target_accept_prob=0.95)``, an ``MCMC``, an ``SVI``,
+        a ``SteinVI``, an autoguide class or instance. With missing values a copy of such an
+        object is run, for a model that leaves them out; a guide written by hand is handed them
+        as they are. ``SteinVI`` and ``ASVGD`` give posteriors that are too narrow; ``SVGD`` does
+        not. With ``per``: the three names, an ``HMC`` or ``NUTS``, or an autoguide's class.
     draws : int, default 1000
-        Draws a chain (MCMC), or of the guide (SVI), which come as one chain.
+        Draws a chain (MCMC), or of the guide (SVI) or the Gaussian (Laplace), which come as
+        one chain.
     chains, warmup : int, default 4 and 1000
         For MCMC. Chains run in parallel over devices where there are enough, else
         vectorized on one; those of kernels that cannot, in turn.
@@ -128,12 +135,19 @@ def fit(
         ``batch`` also a Fit, which is continued exactly. The rate of an optimizer of our
         own depends on ``steps``: give a Fit that is to be continued one of the caller's.
     seed : int
+    store : path, optional
+        With ``per``: a Zarr store to which draws are written block by block, for a posterior
+        larger than memory; ``fit.posterior`` is then lazy. The same call on a store that was
+        cut short fits the blocks that are missing.
     progress : bool, optional
         By default as :class:`xr_aimz.set_options` says.
 
     Returns
     -------
     Fit
+        With ``per``, the posterior has dims ``(chain, draw, *per, ...)``, and
+        ``sample_stats.status`` says of each cell how its fit went. A cell without data, or one
+        whose fit failed, has NaN draws, and leaves the others as they are.
 
     Warns
     -----
@@ -154,7 +168,8 @@ def fit(
         An option that the method does not take; a batch larger than the data or along a
         core dim; a checkpoint or Fit that is not of this model, data and options.
     StoreError
-        A checkpoint that cannot be written or read.
+        A checkpoint that cannot be written or read; ``store`` holds something else than a
+        part of this fit.
 
     Examples
     --------
@@ -173,28 +188,54 @@ def fit(
     given |= {"draws": draws, "init": init, "batch": batch, "epochs": epochs}
     given |= {"patience": patience, "checkpoint": checkpoint}
     asked = {name: value for name, value in given.items() if value is not None}
-    infer = inference(model, method, asked, seed, shows_progress(progress))
-    bound = bind(ds, model, variables, dim=dim, core_dim=core_dim, layout=layout)
+    bound_to = partial(bind, ds, model, variables, dim=dim, core_dim=core_dim, layout=layout)
+    shown = shows_progress(progress)
+    if per:
+        in_cell = cell_inference(model, method, asked)
+        return _looked_at(_fit_cells(bound_to(per=per), in_cell, seed, store, shown))
+    if store is not None:
+        raise OptionError(f"store={str(store)!r} goes with per=; other fits are kept in memory")
+    by = partial(inference, asked=asked, seed=seed, progress=shown)
+    infer, streamed = by(model, method), batch is not None
+    return _looked_at(_fit_whole(bound_to(), method, by, infer, streamed))
+
+
+def _fit_whole(
+    bound: Bound, method: Any, by: Callable[[Callable, Any], Infer], infer: Infer, streamed: bool
+) -> Fit:
+    """One fit of all the data, ``by`` a method on a model: a masked one where data are missing."""
     # In batches nothing is loaded here but what shows how the model takes missing values.
-    looked_at = bound.inputs if batch is None else sample_with_gaps(bound.binding, bound.inputs)
-    check_fits(bound.binding, looked_at.arrays)
-    arrays = _load(bound.binding, looked_at)
-    block = block_of(bound.binding, looked_at.sizes)
-    arguments = arrange(bound.binding, arrays, looked_at.dims, block)
-    fitted_model = prepare(model, bound.binding, bound.sites, arguments, block)
-    if fitted_model is not model:
+    shown = sample_with_gaps(bound.binding, bound.inputs) if streamed else bound.inputs
+    check_fits(bound.binding, shown.arrays)
+    arrays = _load(bound.binding, shown)
+    model = _without_gaps(bound, shown, arrays)
+    if model is not bound.model:
         wrap = partial(masked, binding=bound.binding, sites=bound.sites)
-        method = on_model(method, model, fitted_model, wrap)
-        infer = inference(fitted_model, method, asked, seed, shows_progress(progress))
-    if batch is not None:
-        arrays, block = {}, block_of(bound.binding, bound.inputs.sizes)
-        arguments = arrange(bound.binding, arrays, bound.inputs.dims, block)
-    problem = Problem(fitted_model, arguments, block, bound.sites, bound.binding, bound.inputs)
-    drawn = infer(problem)
-    fitted = _labelled(bound, drawn, arrays)
-    found = diagnostics.concerns(fitted.posterior, fitted.sample_stats, fitted.losses)
-    _warn(tuple(found))
-    return replace(fitted, concerns=tuple(found))
+        infer = by(model, on_model(method, bound.model, model, wrap))
+    whole = {} if streamed else arrays
+    block = block_of(bound.binding, bound.inputs.sizes)
+    arguments = arrange(bound.binding, whole, bound.inputs.dims, block)
+    problem = Problem(model, arguments, block, bound.sites, bound.binding, bound.inputs)
+    return labelled(bound, infer(problem), whole)
+
+
+def _fit_cells(bound: Bound, method: CellMethod, seed: int, store: Any, progress: bool) -> Fit:
+    """An independent fit in each cell of ``per``."""
+    # Masked whether or not there is a gap: a cell is fitted by one program wherever it lies.
+    model = masked(bound.model, bound.binding, bound.sites)
+    shown = cell_with_gaps(bound.binding, bound.inputs)
+    _without_gaps(bound, shown, _load(bound.binding, shown))
+    plan = plan_cells(replace(bound, model=model), method, seed, wanted(bound))
+    shelf: Shelf = Memory(plan) if store is None else Stored(plan, store)
+    drawn = fit_cells(plan, shelf, progress=progress)
+    return assemble(bound, labelled_draws(bound, drawn.samples, drawn.shape), drawn)
+
+
+def _without_gaps(bound: Bound, inputs: Inputs, arrays: Mapping[str, jax.Array]) -> Callable:
+    """The model, masked if these arrays have missing values."""
+    block = block_of(bound.binding, inputs.sizes)
+    arguments = arrange(bound.binding, arrays, inputs.dims, block)
+    return prepare(bound.model, bound.binding, bound.sites, arguments, block)
 
 
 def _load(binding: Binding, inputs: Inputs) -> dict[str, jax.Array]:
@@ -208,122 +249,14 @@ def _load(binding: Binding, inputs: Inputs) -> dict[str, jax.Array]:
     return arrays
 
 
-def _labelled(bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array], first: int = 0) -> Fit:
-    """The draws with their labels, and the deterministics that belong with them."""
-    values = dict(drawn.samples)
-    wanted = [
-        name
-        for name, s in bound.sites.items()
-        if s.kind == "deterministic" and not _spans(s, bound.binding)
-    ]
-    if wanted and arrays:
-        values |= _deterministics(bound, drawn, arrays, tuple(wanted))
-    chain, draw = np.arange(drawn.shape[0]), first + np.arange(drawn.shape[1])
-    posterior = label(values, bound.sites, bound.binding, bound.inputs, chain, draw)
-    fitted = assemble(bound, posterior, drawn)
-    if drawn.more is None:
-        return fitted
-    return replace(fitted, more=partial(_further, bound, drawn, arrays, first + drawn.shape[1]))
-
-
-def _further(
-    bound: Bound,
-    drawn: Draws,
-    arrays: Mapping[str, jax.Array],
-    first: int,
-    draws: int,
-    seed: int,
-) -> Fit:
-    """Further draws, numbered from ``first`` on."""
-    assert drawn.more is not None
-    # With the number: the same seed twice in a row must not give the same draws twice.
-    own = int(np.random.SeedSequence([seed % 2**64, first]).generate_state(1)[0])
-    found = drawn.more(draws, own)
-    if not isinstance(found, Draws):
-        found = replace(drawn, samples=found, shape=(drawn.shape[0], draws), stats={})
-    fitted = _labelled(bound, found, arrays, first)
-    seen = diagnostics.concerns(fitted.posterior, fitted.sample_stats, fitted.losses)
-    return replace(fitted, concerns=tuple(seen))
-
-
-def _spans(site: Site, binding: Binding) -> bool:
-    return bool(binding.dims) and set(binding.dims) <= set(dims_in_dataset(site, binding))
-
-
-def _deterministics(
-    bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array], wanted: tuple[str, ...]
-) -> dict[str, np.ndarray]:
-    binding, inputs = bound.binding.without_data(), bound.inputs
-    program = Program(bound.model, binding, bound.sites, inputs.dims, wanted)
-    chains, draws = drawn.shape
-    latents = {n: v.reshape(chains * draws, *v.shape[2:]) for n, v in drawn.samples.items()}
-    # Every site is known, so no key is used.
-    blank = np.zeros((chains * draws, 2), np.uint32)
-    each = {"keys": dict.fromkeys(program.keyed, blank), "latents": latents}
-    shared = {
-        # With the outcomes: a deterministic may be of what was observed.
-        "arrays": {key: np.asarray(a) for key, a in arrays.items()},
-        "words": {
-            d: label_words(d, inputs.labels.get(d), size=inputs.sizes[d]) for d in binding.dims
-        },
-        "params": dict(drawn.params),
-    }
-    block = block_of(binding, inputs.sizes)
-    call = predictive(program, inputs.sizes)
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), each)
-    _, name = traced(call, block, one, shared)
-    found = run(name, lambda: call, block, each, shared)
-    return {n: _in_model_shape(bound, n, v, (chains, draws)) for n, v in found.items()}
-
-
-def _in_model_shape(
-    bound: Bound, name: str, value: np.ndarray, lead: tuple[int, int]
-) -> np.ndarray:
-    return value.reshape(*lead, *bound.sites[name].shape)
-
-
-def assemble(bound: Bound, posterior: xr.Dataset, drawn: Draws) -> Fit:
-    """A Fit from a labelled posterior and what else the inference gave back."""
-    binding, inputs = bound.binding, bound.inputs
-    arrays = inputs.arrays
-    observed = {s.name: arrays[s.key] for a in binding.outcomes for s in a.sources}
-    constant = {s.name: arrays[s.key] for a in binding.inputs for s in a.sources}
-    chains = {d: posterior[d] for d in ("chain", "draw") if d in posterior.coords}
-    stats = {name: (("chain", "draw"), value) for name, value in drawn.stats.items()}
-    losses = None
-    if drawn.losses is not None:
-        losses = _losses(drawn)
-    return Fit(
-        model=bound.model,
-        binding=binding,
-        sites=bound.sites,
-        posterior=posterior.assign_attrs(inference_library="numpyro", method=drawn.method),
-        sample_stats=xr.Dataset(stats, coords=chains if stats else None),
-        losses=losses,
-        params=drawn.params,
-        method=drawn.method,
-        attrs={a.name: dict(arrays[a.sources[0].key].attrs) for a in binding.outcomes},
-        observed_data=_group(observed),
-        constant_data=_group(constant),
-        state=drawn.state,
-    )
-
-
-def _losses(drawn: Draws) -> xr.DataArray:
-    attrs = {"full_rate_steps": drawn.full_rate_steps, "epoch_steps": drawn.epoch_steps}
-    losses = xr.DataArray(drawn.losses, dims="step", name="loss", attrs=attrs)
-    if drawn.loss_every == 1:
-        return losses
-    # The last step behind each mean.
-    return losses.assign_coords(step=np.arange(1, losses.size + 1) * drawn.loss_every - 1)
-
-
-def _group(arrays: Mapping[str, xr.DataArray]) -> xr.Dataset:
-    # A variable that bears a dimension's name is that dimension's coordinate already.
-    return xr.Dataset({n: a for n, a in arrays.items() if n not in a.dims})
+def _looked_at(fitted: Fit) -> Fit:
+    """The fit with what speaks against it, of which the caller is warned."""
+    found = concerns_of(fitted)
+    _warn(found)
+    return replace(fitted, concerns=found)
 
 
 def _warn(concerns: tuple[str, ...]) -> None:
     if concerns:
         # The level of the caller of Dataset.aimz.fit.
-        warnings.warn("; ".join(concerns), ConvergenceWarning, stacklevel=4)
+        warnings.warn("; ".join(concerns), ConvergenceWarning, stacklevel=5)

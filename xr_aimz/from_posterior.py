@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from xr_aimz.assembly import assemble
 from xr_aimz.axes import dims_in_dataset
 from xr_aimz.bound import Bound, bind
 from xr_aimz.errors import LabelError, ModelError
-from xr_aimz.fit import assemble
 from xr_aimz.infer.problem import Draws
 from xr_aimz.inputs import reordered
 from xr_aimz.labelling import extra_labels, label, result_name

@@ -15,7 +15,7 @@ import xarray as xr
 from xr_aimz.binding import Binding
 from xr_aimz.inputs import Inputs
 
-__all__ = ["sample_with_gaps"]
+__all__ = ["cell_with_gaps", "sample_with_gaps"]
 
 _LABELS = 8
 
@@ -45,6 +45,33 @@ def sample_with_gaps(binding: Binding, inputs: Inputs) -> Inputs:
     sizes = {**inputs.sizes, **{d: len(at) for d, at in chosen.items()}}
     labels = {d: index[chosen[d]] if d in chosen else index for d, index in inputs.labels.items()}
     return replace(inputs, arrays=arrays, sizes=sizes, labels=labels, chunks={})
+
+
+def cell_with_gaps(binding: Binding, inputs: Inputs) -> Inputs:
+    """The inputs of one cell of a fit with ``per``, some but not all of its values missing.
+
+    Without arrays where there is no such cell. Reads all of the data once.
+    """
+    cells = {
+        str(i): a.variable.isnull().mean([d for d in a.dims if d not in binding.per])
+        for i, a in enumerate(inputs.arrays.values())
+        if a.dtype.kind == "f" and any(d in binding.dims for d in a.dims)
+    }
+    for missing in xr.Dataset(cells).compute().values():
+        gappy = (missing > 0) & (missing < 1)
+        if bool(gappy.any()):
+            place = np.argwhere(gappy.values)[0]
+            chosen = {str(d): int(i) for d, i in zip(gappy.dims, place, strict=True)}
+            return _at(inputs, chosen).of_cell(binding.per)
+    return replace(inputs.of_cell(binding.per), arrays={})
+
+
+def _at(inputs: Inputs, chosen: dict[str, int]) -> Inputs:
+    arrays = {
+        key: a.isel({d: [i] for d, i in chosen.items() if d in a.dims})
+        for key, a in inputs.arrays.items()
+    }
+    return replace(inputs, arrays=arrays)
 
 
 def _labels(missing: xr.Dataset, dim: str, size: int) -> np.ndarray:

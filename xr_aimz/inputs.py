@@ -9,7 +9,7 @@ arrays stay lazy.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
@@ -37,7 +37,7 @@ class Inputs:
     Parameters
     ----------
     arrays : mapping of source key to DataArray
-        Observation dims first and in order, then the others.
+        The dims of ``per``, then the observation dims, each in order, then the others.
     sizes : mapping of dim to int
     labels : mapping of dim to pandas.Index
         For each dimension that has an index.
@@ -56,6 +56,17 @@ class Inputs:
     coords: xr.Dataset
     scalars: tuple[str, ...] = ()
     chunks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def of_cell(self, per: tuple[str, ...]) -> Inputs:
+        """What one cell of the dims ``per`` gives: the arrays that a model of it sees."""
+        if not per:
+            return self
+        arrays = {
+            key: a.isel(dict.fromkeys((d for d in per if d in a.dims), 0), drop=True)
+            for key, a in self.arrays.items()
+        }
+        sizes = {d: n for d, n in self.sizes.items() if d not in per}
+        return replace(self, arrays=arrays, sizes=sizes)
 
     @property
     def dims(self) -> dict[str, tuple[str, ...]]:
@@ -78,7 +89,7 @@ def gather(binding: Binding, ds: xr.Dataset, *, outcomes: bool) -> Inputs:
     MissingVariableError, DimensionError, DtypeError, LabelError, ChunkError, UnitsError
     """
     arguments = binding.arguments if outcomes else binding.inputs
-    scalars = tuple(d for d in binding.dims if d not in ds.dims and _is_scalar(ds, d))
+    scalars = tuple(d for d in binding.cut_dims if d not in ds.dims and _is_scalar(ds, d))
     ds = ds.assign_coords({d: (d, ds[d].values[None], ds[d].attrs) for d in scalars})
     ds = _in_order(binding, ds)
     _check_dims(binding, ds, arguments)
@@ -109,7 +120,7 @@ def _is_scalar(ds: xr.Dataset, dim: str) -> bool:
 
 def _check_dims(binding: Binding, ds: xr.Dataset, arguments: tuple[Argument, ...]) -> None:
     kept = {d for a in arguments for s in a.sources if s.data is not None for d in s.dims}
-    for dim in binding.dims:
+    for dim in binding.cut_dims:
         if dim not in ds.dims and dim not in kept:
             raise DimensionError(
                 f"observation dimension {dim!r} is not in the Dataset, which has "
@@ -135,8 +146,8 @@ def _fetch(
             array = array.expand_dims({d: ds[d].values})
     array = array.reset_coords(drop=True)
     _check_array(binding, ds, argument, source, array)
-    first = [d for d in binding.dims if d in array.dims]
-    return array.transpose(*first, *[d for d in source.dims if d not in binding.dims])
+    first = [d for d in binding.cut_dims if d in array.dims]
+    return array.transpose(*first, *[d for d in source.dims if d not in binding.cut_dims])
 
 
 def _aligned(ds: xr.Dataset, argument: Argument, source: Source) -> xr.DataArray:
@@ -172,7 +183,7 @@ def _check_array(
             f"{what} has dims {array.dims!r}; the fit had {source.dims!r}. "
             f"{new!r} is new: select one label of it, or fit with it"
         )
-    gone = [d for d in source.dims if d not in array.dims and d not in binding.dims]
+    gone = [d for d in source.dims if d not in array.dims and d not in binding.cut_dims]
     if gone:
         raise DimensionError(f"{what} has dims {array.dims!r}; the fit also had {gone!r}")
     chunked = [d for d in binding.core_dims if len(array.chunksizes.get(d, (1,))) > 1]
@@ -255,7 +266,7 @@ def _chunks(
     others = [v.chunksizes for v in ds.variables.values()]
     found: dict[str, tuple[int, ...]] = {}
     for chunked in ([a.chunksizes for a in arrays.values()], others):
-        for dim in (d for d in binding.dims if d not in (*found, *binding.core_dims)):
+        for dim in (d for d in binding.cut_dims if d not in (*found, *binding.core_dims)):
             if mine := [c[dim] for c in chunked if dim in c]:
                 found[dim] = common_chunks(mine)
     return found

@@ -5,7 +5,8 @@ changes from block to block (arrays, the words of the labels) and from draw to d
 words of chain and draw, the latents) is passed in. Sites that the posterior holds are
 substituted; all others are drawn by :mod:`xr_aimz.keys`, so that a value depends on its
 labels and on nothing else of the block. A site that is given in some cells only has its
-other cells drawn.
+other cells drawn. With dims in ``per`` this is the kernel of one cell, mapped over those of
+the block.
 """
 
 from __future__ import annotations
@@ -22,10 +23,17 @@ from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from xr_aimz import keys
-from xr_aimz.axes import TABLE, broadcast_in_model, shape_in_dataset, shape_in_model
+from xr_aimz.axes import (
+    TABLE,
+    broadcast_in_model,
+    dims_in_dataset,
+    shape_in_dataset,
+    shape_in_model,
+)
 from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.blanks import blank
 from xr_aimz.errors import ModelError, RandomnessError
+from xr_aimz.mapped import over_cells
 from xr_aimz.model import Block, Site
 from xr_aimz.worlds import Forced, Worlds, contrasted, dims_replaced, settings
 
@@ -83,6 +91,11 @@ class Program:
         """Dims that come before those of the sites: those of the scenarios."""
         return () if self.worlds is None else tuple(self.worlds.dims)
 
+    def result_dims(self, name: str) -> tuple[str, ...]:
+        """The dims of a site's result after chain and draw, as a block has them."""
+        own, cells = dims_in_dataset(self.sites[name], self.binding), len(self.binding.per)
+        return (*own[:cells], *self.leading, *own[cells:])
+
     @property
     def keyed(self) -> tuple[str, ...]:
         """The sites that need a key for each draw."""
@@ -130,6 +143,9 @@ def _call(
 ) -> Call:
     """Run the model for one draw, and read something of each returned site."""
     block = block_of(program.binding, sizes)
+    per, dims = program.binding.per, program.dims
+    own = {key: tuple(d for d in has if d not in per) for key, has in dims.items()}
+    program = replace(program, dims=own)
 
     def values(
         program: Program, draw: Mapping[str, Any], shared: Mapping[str, Any], force: Any = None
@@ -144,9 +160,10 @@ def _call(
             found[name] = _out(program, site, dims, value, sizes)
         return found
 
-    if program.worlds is None:
-        return partial(values, program)
-    return partial(_in_worlds, program, program.worlds, values, sizes)
+    call: Call = partial(values, program)
+    if program.worlds is not None:
+        call = partial(_in_worlds, program, program.worlds, values, sizes)
+    return over_cells(call, per, dims) if per else call
 
 
 def _in_worlds(

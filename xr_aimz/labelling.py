@@ -39,15 +39,16 @@ def label(
     chain: Any = None,
     draw: Any = None,
 ) -> xr.Dataset:
-    """Arrays ``(chain, draw, *site axes)`` as a labelled Dataset."""
+    """Arrays ``(chain, draw, *per, *site axes)`` as a labelled Dataset."""
+    lead = 2 + len(binding.per)
     found: dict[str, xr.DataArray] = {}
     for name, value in values.items():
         site = sites[name]
-        kept = site.dims[: value.ndim - 2]
-        shape = shape_in_dataset(kept, binding, inputs.sizes, value.shape[2:])
-        dims = dims_in_dataset(site, binding)[: len(shape)]
+        kept = site.dims[: value.ndim - lead]
+        shape = shape_in_dataset(kept, binding, inputs.sizes, value.shape[lead:])
+        dims = dims_in_dataset(site, binding)[: len(binding.per) + len(shape)]
         found[result_name(binding, site)] = xr.DataArray(
-            value.reshape(value.shape[:2] + shape), dims=("chain", "draw", *dims)
+            value.reshape(value.shape[:lead] + shape), dims=("chain", "draw", *dims)
         )
     first = next(iter(values.values())).shape[:2] if values else (0, 0)
     ds = xr.Dataset(
@@ -95,7 +96,7 @@ def on_labels(posterior: xr.Dataset, site: Site, binding: Binding, inputs: Input
     """
     dims = ("chain", "draw", *dims_in_dataset(site, binding))
     array = posterior[result_name(binding, site)].transpose(*dims)
-    for dim in (d for d in binding.dims if d in dims):
+    for dim in (d for d in binding.cut_dims if d in dims):
         here, there = inputs.labels.get(dim), array.indexes.get(dim)
         if here is None or there is None:
             _check_unlabelled(site, dim, array, inputs)

@@ -59,7 +59,7 @@ def plan(
         The most bytes that a task may hold.
     """
     limit = max(limit // _COPIES, 1)
-    sizes = {d: inputs.sizes[d] for d in binding.dims}
+    sizes = {d: inputs.sizes[d] for d in binding.cut_dims}
     per_cell = max(bytes_per_draw / max(prod(sizes.values()), 1), 1e-9)
     if inputs.chunks:
         chunks = {d: inputs.chunks.get(d, (n,)) for d, n in sizes.items()}
@@ -90,7 +90,7 @@ def plan_cells(
     BlockSizeError
         The draws of one cell, or of one whole length of a core dim, are over the limit.
     """
-    sizes = {d: inputs.sizes[d] for d in binding.dims}
+    sizes = {d: inputs.sizes[d] for d in binding.cut_dims}
     per_cell = max(bytes_per_draw / max(prod(sizes.values()), 1), 1e-9) * prod(shape)
     whole = {d: inputs.chunks.get(d, (n,)) for d, n in sizes.items()}
     chunks = finer(whole, binding.core_dims, int(limit / _COPIES / per_cell))

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import jax
@@ -139,7 +140,7 @@ class Fit:
         Dataset
             Eager. Each variable of the posterior with a dimension ``diagnostic``;
             ``divergences``, the number of divergent draws of each chain, where the
-            method has them.
+            method has them. Of a fit with ``per``, each is a map over those dims.
         """
         table = diagnostics.summarize(self.posterior)
         if "diverging" in self.sample_stats:
@@ -197,12 +198,20 @@ class Fit:
             ("dims", f"{self.binding.dims} in layout {self.binding.layout!r}"),
             ("latents", ", ".join(f"{n}{tuple(a.dims[2:])}" for n, a in self.posterior.items())),
         ]
+        if self.binding.per:
+            facts.append(("per", self._cells()))
         if self.losses is not None:
-            facts.append(("last loss", f"{float(self.losses[-1]):.6g}"))
+            facts.append(("last loss", f"{float(self.losses[-1].median()):.6g}"))
         unseen = "not looked for; see .diagnostics()"
         seen = "; ".join(self.concerns or ()) or "none that the diagnostics show"
         facts.append(("concerns", unseen if self.concerns is None else seen))
         return facts
+
+    def _cells(self) -> str:
+        status = self.sample_stats.get("status")
+        count = prod(self.posterior.sizes[d] for d in self.binding.per)
+        fitted = "" if status is None else f", {int((status == 0).sum())} of them fitted"
+        return f"{self.binding.per}: {count} cells{fitted}"
 
     @property
     def observed(self) -> tuple[str, ...]:

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import xarray as xr
 
+from xr_aimz.assembly import assemble
 from xr_aimz.binding import arrange, block_of
 from xr_aimz.bound import Bound, bind
 from xr_aimz.device import device_dtype
 from xr_aimz.errors import ModelError, OptionError
-from xr_aimz.fit import assemble
 from xr_aimz.infer.problem import Draws
 from xr_aimz.model import Site, observed_through, parameters
 from xr_aimz.predict import Question, answered, asked, attrs_of

@@ -49,7 +49,7 @@ class Context:
         if target.kind == "site":
             return dims_in_dataset(self.fit.sites[target.name], binding)
         own = self.inputs.dims[target.name]
-        return (*binding.dims, *(d for d in own if d not in binding.dims))
+        return (*binding.cut_dims, *(d for d in own if d not in binding.cut_dims))
 
     def units(self, target: Target) -> str | None:
         if target.kind == "array":
@@ -66,7 +66,7 @@ class Context:
 
     def labels(self, dim: str) -> pd.Index | None:
         fixed = {**self.inputs.labels, **extra_labels(self.fit.binding)}
-        return self.inputs.labels.get(dim) if dim in self.fit.binding.dims else fixed.get(dim)
+        return self.inputs.labels.get(dim) if dim in self.fit.binding.cut_dims else fixed.get(dim)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,14 @@ from xr_aimz.errors import ModelError, OptionError
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.model import tracing
 
-__all__ = ["kernel_for", "run", "sampler_for"]
+__all__ = [
+    "counted",
+    "init_strategy",
+    "kernel_for",
+    "run",
+    "sampler_for",
+    "without_deterministics",
+]
 
 # NumPyro's names for what ArviZ calls otherwise.
 _STATS = {
@@ -57,7 +64,7 @@ def sampler_for(
     kernel: MCMCKernel, *, draws: int, chains: int, warmup: int, progress: bool
 ) -> MCMC:
     """An ``MCMC`` whose chains run at the same time wherever the backend allows it."""
-    hidden = _without_deterministics(kernel)
+    hidden = without_deterministics(kernel)
     if kernel.is_ensemble_kernel:
         if chains % 2:
             raise OptionError(
@@ -114,8 +121,8 @@ def _drawn(problem: Problem, sampler: MCMC, seed: int) -> Draws:
         samples={name: np.asarray(v) for name, v in samples.items() if name in latent},
         shape=(sampler.num_chains, sampler.num_samples // sampler.thinning),
         stats=_stats(extra),
-        method=f"{type(sampler.sampler).__name__}, {_counted(sampler.num_chains, 'chain')}, "
-        f"{_counted(sampler.num_warmup, 'warmup step')}",
+        method=f"{type(sampler.sampler).__name__}, {counted(sampler.num_chains, 'chain')}, "
+        f"{counted(sampler.num_warmup, 'warmup step')}",
         more=_continuation(problem, sampler),
     )
 
@@ -133,11 +140,14 @@ def _continuation(problem: Problem, sampler: MCMC) -> Callable[[int, int], Draws
     return more
 
 
-def _counted(count: int, what: str) -> str:
+def counted(count: int, what: str) -> str:
+    """A count with its noun, in the plural where it is one."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def _without_deterministics(kernel: MCMCKernel) -> MCMCKernel:
+def without_deterministics(kernel: MCMCKernel) -> MCMCKernel:
+    """The kernel on the model without its deterministic sites, where it can be copied."""
+
     def hide(model: Callable) -> Callable:
         return handlers.block(model, hide_fn=lambda message: message["type"] == "deterministic")
 

@@ -10,16 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 from numpyro.contrib.einstein import SteinVI
-from numpyro.infer import MCMC, SVI
+from numpyro.infer import HMC, MCMC, SVI
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMCKernel
 
 from xr_aimz.errors import OptionError
-from xr_aimz.infer import mcmc, minibatch, stein, svi
+from xr_aimz.infer import laplace, mcmc, minibatch, stein, svi
+from xr_aimz.infer.cells import CellMethod, laplace_cells, mcmc_cells, svi_cells
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.posterior import Fit
 
-__all__ = ["inference"]
+__all__ = ["cell_inference", "inference"]
 
 
 def inference(
@@ -30,13 +31,7 @@ def inference(
         return _in_batches(model, method, asked, seed, progress)
     _check_whole(asked)
     if method == "nuts" or isinstance(method, MCMCKernel):
-        taken = {"draws", "chains", "warmup"} | ({"init"} if method == "nuts" else set())
-        options = _taken(method, asked, taken)
-        kernel = mcmc.kernel_for(model, options.pop("init", None)) if method == "nuts" else method
-        _same_model(model, kernel)
-        settings = {"draws": 1000, "chains": 4, "warmup": 1000, **options}
-        sampler = mcmc.sampler_for(kernel, progress=progress, **settings)
-        return lambda problem: mcmc.run(problem, sampler, seed=seed)
+        return _chains(model, method, asked, seed, progress)
     if isinstance(method, MCMC):
         _taken(method, asked, set())
         _same_model(model, method.sampler)
@@ -48,20 +43,72 @@ def inference(
     if isinstance(method, SteinVI):
         return _stein(model, method, asked, seed, progress)
     if method == "svi" or _is_guide(method):
-        options = _taken(method, asked, {"draws", "steps", "optimizer", "init"})
-        optimizer, init = options.pop("optimizer", None), options.pop("init", None)
-        guide = None if method == "svi" else method
-        if isinstance(method, AutoGuide):
-            _same_model(model, method)
-        steps = options.get("steps", svi.STEPS)
-        made = svi.svi_for(model, guide, optimizer, init, steps)
-        own_schedule = optimizer is None or isinstance(optimizer, (int, float))
-        if own_schedule:
-            options["full_rate"] = svi.FULL_RATE
-        return _variational(made, options, seed, progress)
+        return _guided(model, method, asked, seed, progress)
+    if method == "laplace":
+        return _gaussian(_taken(method, asked, {"draws", "init"}), seed)
     raise OptionError(
-        f"method={method!r}: there are 'nuts', 'svi', and NumPyro's own kernels, MCMC, SVI, "
-        "SteinVI and autoguides"
+        f"method={method!r}: there are 'nuts', 'svi', 'laplace', and NumPyro's own kernels, MCMC, "
+        "SVI, SteinVI and autoguides"
+    )
+
+
+def _chains(
+    model: Callable, method: Any, asked: dict[str, Any], seed: int, progress: bool
+) -> Callable[[Problem], Draws]:
+    taken = {"draws", "chains", "warmup"} | ({"init"} if method == "nuts" else set())
+    options = _taken(method, asked, taken)
+    kernel = mcmc.kernel_for(model, options.pop("init", None)) if method == "nuts" else method
+    _same_model(model, kernel)
+    settings = {"draws": 1000, "chains": 4, "warmup": 1000, **options}
+    sampler = mcmc.sampler_for(kernel, progress=progress, **settings)
+    return lambda problem: mcmc.run(problem, sampler, seed=seed)
+
+
+def _guided(
+    model: Callable, method: Any, asked: dict[str, Any], seed: int, progress: bool
+) -> Callable[[Problem], Draws]:
+    options = _taken(method, asked, {"draws", "steps", "optimizer", "init"})
+    optimizer, init = options.pop("optimizer", None), options.pop("init", None)
+    guide = None if method == "svi" else method
+    if isinstance(method, AutoGuide):
+        _same_model(model, method)
+    made = svi.svi_for(model, guide, optimizer, init, options.get("steps", svi.STEPS))
+    if optimizer is None or isinstance(optimizer, (int, float)):
+        options["full_rate"] = svi.FULL_RATE
+    return _variational(made, options, seed, progress)
+
+
+def _gaussian(options: dict[str, Any], seed: int) -> Callable[[Problem], Draws]:
+    settings = {"draws": 1000, "init": None, **options}
+    return lambda problem: laplace.run(problem, seed=seed, **settings)
+
+
+def cell_inference(model: Callable, method: Any, asked: dict[str, Any]) -> CellMethod:
+    """How each cell of a fit with ``per`` is fitted; options are checked here."""
+    if method == "laplace":
+        options = {"draws": 1000, **_taken(method, asked, {"draws", "init"})}
+        return laplace_cells(options.pop("init", None), **options)
+    if method == "nuts" or isinstance(method, HMC):
+        taken = {"draws", "chains", "warmup"} | ({"init"} if method == "nuts" else set())
+        options = {"draws": 1000, "chains": 4, "warmup": 1000, **_taken(method, asked, taken)}
+        init = options.pop("init", None)
+        if method == "nuts":
+            return mcmc_cells(lambda own: mcmc.kernel_for(own, init), **options)
+        _same_model(model, method)
+        # A copy for each trace: a kernel keeps what its first one gave it.
+        return mcmc_cells(lambda own: method.wrap_model(lambda _: own), **options)
+    if method == "svi" or (inspect.isclass(method) and issubclass(method, AutoGuide)):
+        options = _taken(method, asked, {"draws", "steps", "optimizer", "init"})
+        settings = {"draws": 1000, "steps": svi.STEPS, **options}
+        optimizer, init = settings.pop("optimizer", None), settings.pop("init", None)
+        own_schedule = optimizer is None or isinstance(optimizer, (int, float))
+        full_rate = svi.FULL_RATE if own_schedule else 1.0
+        guide = None if method == "svi" else method
+        return svi_cells(guide, optimizer, init, full_rate=full_rate, **settings)
+    raise OptionError(
+        f"method={method!r} does not go with per=, which runs one compiled program in every "
+        "cell: there are 'nuts', 'svi', 'laplace', NumPyro's HMC and NUTS, and classes of "
+        "autoguides, such as AutoMultivariateNormal"
     )
 
 

@@ -50,6 +50,11 @@ class Draws:
         How many steps take a pass over the data.
     full_rate_steps : int
         How many of the steps were taken at the optimizer's full rate.
+    loss_steps : tuple of int
+        After which steps the losses were taken, where not after each.
+    status : array, optional
+        Of each cell of a fit with ``per``: which of :data:`xr_aimz.infer.cells.FLAGS`. The
+        cells' dims follow ``chain`` and ``draw`` in samples and stats, and ``step`` in losses.
     shape : tuple of int
         The number of chains, and of draws a chain.
     method : str
@@ -72,3 +77,5 @@ class Draws:
     loss_every: int = 1
     epoch_steps: float = 1.0
     state: Mapping[str, Any] = field(default_factory=dict)
+    loss_steps: tuple[int, ...] = ()
+    status: np.ndarray | None = None

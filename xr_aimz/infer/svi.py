@@ -24,7 +24,7 @@ from xr_aimz.infer.mcmc import init_strategy
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.model import tracing
 
-__all__ = ["STEPS", "run", "sample_guide", "svi_for"]
+__all__ = ["FULL_RATE", "STEPS", "run", "sample_guide", "svi_for"]
 
 STEPS, LEARNING_RATE, FULL_RATE, LAST_RATE = 10_000, 0.05, 0.7, 1e-3
 _PIECES = 50
