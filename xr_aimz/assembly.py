@@ -1,4 +1,4 @@
-"""Draws become a Fit: labels, the deterministics that belong with them, and what they come from."""
+"""Draws become a Fit: their labels, their deterministics, and what they come from."""
 
 from __future__ import annotations
 

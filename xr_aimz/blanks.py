@@ -55,9 +55,10 @@ def _named_gap(
 ) -> jax.Array | None:
     """Where an argument is missing, its axes in the order of ``dims``; None if they lack one."""
     axes: tuple[str, ...] = (TABLE,) if binding.layout == "table" else binding.dims
-    if not any(d in binding.dims for s in argument.sources for d in s.dims):
+    extra = [d for d in argument.sources[0].dims if d not in binding.cut_dims]
+    if array.ndim != len(axes) + (1 if argument.stacked else len(extra)):
+        # It has no observation dimension, or this Dataset's has lost those of the fit's.
         axes = ()
-    extra = [d for d in argument.sources[0].dims if d not in binding.dims]
     own = not argument.stacked and len(axes) + len(extra) == array.ndim
     names = (*axes, *(extra if own else [None] * (array.ndim - len(axes))))
     gap = jnp.isnan(array)

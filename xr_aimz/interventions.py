@@ -88,6 +88,7 @@ def intervention(
 
 
 def _arrows(fit: Fit, inputs: Inputs) -> Parents:
+    inputs = inputs.of_cell(fit.binding.per)
     program = Program(fit.model, fit.binding.without_data(), fit.sites, inputs.dims, ())
     structs = {
         key: jax.ShapeDtypeStruct(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from numpyro.infer.autoguide import AutoGuide, AutoGuideList
 
 from xr_aimz.batches import Visit
 from xr_aimz.binding import arrange, block_of
+from xr_aimz.infer.coverage import check_guide
 from xr_aimz.infer.entries import Entries, entries_of
 from xr_aimz.infer.problem import Problem
 from xr_aimz.infer.repeatable import ordered, program_digest
@@ -228,8 +229,10 @@ def training(problem: Problem, svi: SVI, data: Stream, key: Any) -> Training:
     sizes = {**inputs.sizes, **data.batches.sizes}
     block, first = block_of(binding, sizes), data.first
     own, guide = _scaled(problem, svi, data)
+    arguments = arrange(binding, first, inputs.dims, block)
     with tracing(block):
-        state = own.init(key, **arrange(binding, first, inputs.dims, block))
+        state = own.init(key, **arguments)
+        check_guide(replace(problem, arguments=arguments), guide, own.get_params(state))
     leaves, structure = jax.tree.flatten(state)
     grown = {d: _grown(problem, svi, data, sizes, d) for d in data.batches.sizes}
     entries = entries_of(leaves, grown, binding, sizes)
