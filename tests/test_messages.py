@@ -117,6 +117,7 @@ def test_every_class_is_a_standard_one(error):
         TypeError,
         NotImplementedError,
         FileExistsError,
+        OSError,
         MemoryError,
         UserWarning,
     )

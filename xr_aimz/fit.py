@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import xarray as xr
 
 from xr_aimz.assembly import assemble, concerns_of, labelled, labelled_draws, wanted
+from xr_aimz.batches import batch_sizes
 from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.bound import Bound, bind
 from xr_aimz.device import to_device_dtype
@@ -196,16 +197,19 @@ def fit(
     if store is not None:
         raise OptionError(f"store={str(store)!r} goes with per=; other fits are kept in memory")
     by = partial(inference, asked=asked, seed=seed, progress=shown)
-    infer, streamed = by(model, method), batch is not None
-    return _looked_at(_fit_whole(bound_to(), method, by, infer, streamed))
+    infer = by(model, method)
+    return _looked_at(_fit_whole(bound_to(), method, by, infer, batch))
 
 
 def _fit_whole(
-    bound: Bound, method: Any, by: Callable[[Callable, Any], Infer], infer: Infer, streamed: bool
+    bound: Bound, method: Any, by: Callable[[Callable, Any], Infer], infer: Infer, batch: Any
 ) -> Fit:
     """One fit of all the data, ``by`` a method on a model: a masked one where data are missing."""
-    # In batches nothing is loaded here but what shows how the model takes missing values.
-    shown = sample_with_gaps(bound.binding, bound.inputs) if streamed else bound.inputs
+    shown, streamed = bound.inputs, batch is not None
+    if streamed:
+        batch_sizes(batch, bound.binding, bound.inputs)
+        # Nothing else is loaded here: what shows how the model takes missing values.
+        shown = sample_with_gaps(bound.binding, bound.inputs)
     check_fits(bound.binding, shown.arrays)
     arrays = _load(bound.binding, shown)
     model = _without_gaps(bound, shown, arrays)
