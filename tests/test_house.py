@@ -36,6 +36,7 @@ ROOMS = (
     "labelling",
     "bound",
     "diagnostics",
+    "pointwise",
     "probe",
     "guard",
     "cell_diagnostics",
