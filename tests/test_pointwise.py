@@ -27,6 +27,8 @@ def shown(f, out=0, into=(0, None)):
         lambda x, w: jnp.broadcast_to(w.sum(), (N,)) * x[:, 0],
         lambda x, w: jax.vmap(lambda row: row @ w)(x),
         lambda x, w: x.T[1],
+        lambda x, w: jnp.stack([x[:, 0], x[:, 1] * w[0]], -1)[:, 1],
+        lambda x, w: jnp.concatenate([x, x * w], 1).sum(1),
         lambda x, w: jax.jit(lambda y: y[:, 0] ** 2)(x),
         lambda x, w: jax.lax.fori_loop(0, 3, lambda i, a: a + 1, w)[0] * x[:, 0],
     ],
@@ -60,6 +62,8 @@ def test_cells_by_themselves_are_shown_to_be(f):
         lambda x, w: jnp.diff(x[:, 0], prepend=0.0),
         lambda x, w: x[:, 0].reshape(2, 3).sum(1).repeat(3),
         lambda x, w: x.reshape(-1)[:N],
+        lambda x, w: jnp.stack([x[:, 0], jnp.arange(N)], 1)[:, 1],
+        lambda x, w: jnp.concatenate([x[:, :1], jnp.arange(N)[:, None]], 1).sum(1),
         lambda x, w: x[:, 0] + jax.random.normal(jax.random.key(0), (N,)),
     ],
 )
@@ -86,3 +90,5 @@ def test_a_number_made_from_a_length_is_among_the_literals():
     assert literals(whole) != literals(half)
     plain = [jax.make_jaxpr(lambda x: x / 2)(CELLS[:n]) for n in (N, N // 2)]
     assert literals(plain[0]) == literals(plain[1])
+    gaps = [jax.make_jaxpr(lambda x: jnp.where(x > 0, x, jnp.nan))(CELLS[:n]) for n in (N, 2)]
+    assert literals(gaps[0]) == literals(gaps[1])

@@ -86,7 +86,8 @@ def _written(jaxpr: Jaxpr) -> Iterable[Any]:
         yield eqn.primitive.name
         for var in eqn.invars:
             if isinstance(var, Literal):
-                yield np.asarray(var.val).tolist()
+                # As text, in which NaN is NaN.
+                yield repr(np.asarray(var.val).tolist())
         for inner in _inner(eqn):
             yield from _written(inner.jaxpr)
 
@@ -126,6 +127,8 @@ def _step(eqn: Any, trails: list[_Trail]) -> list[_Trail]:
         return _run(inner[0].jaxpr, [_constant(c) for c in inner[0].consts], trails)
     if name in _EACH:
         return [_each(eqn, trails)]
+    if name in ("concatenate", "stack"):
+        return [_joined(eqn, trails)]
     if name == "iota":
         whole = frozenset(range(len(eqn.params["shape"])))
         return [_Trail(None, whole - {eqn.params["dimension"]})]
@@ -153,15 +156,31 @@ def _unless_cells(eqn: Any, trails: list[_Trail]) -> list[_Trail]:
 def _each(eqn: Any, trails: list[_Trail]) -> _Trail:
     rank = len(eqn.outvars[0].aval.shape)
     # A scalar may stand beside arrays.
-    full = [t for t, v in zip(trails, eqn.invars, strict=True) if len(v.aval.shape) == rank]
-    if rank == 0:
-        full = trails
+    return _alike(
+        [t for t, v in zip(trails, eqn.invars, strict=True) if len(v.aval.shape) == rank]
+    )
+
+
+def _joined(eqn: Any, trails: list[_Trail]) -> _Trail:
+    """Arrays put one behind the other, along an axis of theirs or along a new one."""
+    found = _alike(trails)
+    if "axis" in eqn.params:
+        at = eqn.params["axis"]
+        to = {i: i + (i >= at) for i in range(len(eqn.invars[0].aval.shape))}
+    else:
+        at = eqn.params["dimension"]
+        to = {i: i for i in range(len(eqn.invars[0].aval.shape)) if i != at}
+    return _moved(found, (to, frozenset()))
+
+
+def _alike(trails: list[_Trail]) -> _Trail:
+    """What arrays of one shape have in common, element by element."""
     axes = {t.axis for t in trails if t.axis is not None}
-    uniform = frozenset.intersection(*(t.uniform for t in full)) if full else frozenset()
+    uniform = frozenset.intersection(*(t.uniform for t in trails))
     if not axes:
         return _Trail(None, uniform)
     (axis, *others) = axes
-    if others or any(t.axis is None and axis not in t.uniform for t in full):
+    if others or any(t.axis is None and axis not in t.uniform for t in trails):
         raise _UnproofError
     return _Trail(axis, uniform)
 
@@ -232,35 +251,29 @@ _MOVES = {
 
 
 def _dot(eqn: Any, left: _Trail, right: _Trail) -> _Trail:
-    (summed, batch) = eqn.params["dimension_numbers"]
+    summed, batch = eqn.params["dimension_numbers"]
     ranks = [len(v.aval.shape) for v in eqn.invars]
-    ends = [
-        _dot_axis(trail, side, summed, batch, ranks) for side, trail in enumerate((left, right))
-    ]
-    found = {end for end in ends if end is not None}
-    if not found:
-        return _Trail(None, _ones(eqn.outvars[0]))
-    (axis, *others) = found
-    if others:
+    places = [_places_in_product(side, summed, batch, ranks) for side in range(2)]
+    both = len(batch[0])
+    moved = [_moved(t, (to, frozenset())) for t, to in zip((left, right), places, strict=True)]
+    # A batch axis is of both sides, any other of one.
+    shared = moved[0].uniform & moved[1].uniform
+    own = frozenset(i for t in moved for i in t.uniform if i >= both)
+    axes = {t.axis for t in moved if t.axis is not None}
+    if not axes:
+        return _Trail(None, shared | own)
+    (axis, *others) = axes
+    # Where the other side has a position too, it must be the cell's own or all the same.
+    alone = [t for t in moved if t.axis is None and axis < both and axis not in t.uniform]
+    if others or alone or (axis >= both and None not in {t.axis for t in moved}):
         raise _UnproofError
-    if axis < len(batch[0]):
-        # Where the other side has a position too, it must be the cell's own or all the same.
-        for trail, places in zip((left, right), batch, strict=True):
-            if trail.axis is None and places[axis] not in trail.uniform:
-                raise _UnproofError
-    elif None not in ends:
-        raise _UnproofError
-    return _Trail(axis, frozenset())
+    return _Trail(axis, shared | own)
 
 
-def _dot_axis(trail: _Trail, side: int, summed: Any, batch: Any, ranks: list[int]) -> int | None:
-    """Where an axis of one side is in a product."""
-    if trail.axis is None:
-        return None
-    if trail.axis in summed[side]:
-        raise _UnproofError
-    if trail.axis in batch[side]:
-        return tuple(batch[side]).index(trail.axis)
-    used = [{*summed[s], *batch[s]} for s in range(2)]
-    before = len(batch[0]) + (ranks[0] - len(used[0]) if side else 0)
-    return before + [i for i in range(ranks[side]) if i not in used[side]].index(trail.axis)
+def _places_in_product(side: int, summed: Any, batch: Any, ranks: list[int]) -> dict[int, int]:
+    """Where the axes of one side are in a product: batch axes, the left's own, the right's."""
+    free = [[i for i in range(ranks[s]) if i not in (*summed[s], *batch[s])] for s in range(2)]
+    before = len(batch[0]) + (len(free[0]) if side else 0)
+    return {i: j for j, i in enumerate(batch[side])} | {
+        i: before + j for j, i in enumerate(free[side])
+    }
