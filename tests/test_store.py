@@ -348,3 +348,9 @@ def test_any_store_of_zarr_will_do(ds, kind):
     with pytest.raises(StoreError, match="other results"):
         to_zarr(ds.chunk(lat=1) + 1, store)
     xr.testing.assert_identical(to_zarr(ds.chunk(lat=1), store).load(), ds)
+
+
+def test_a_chunk_of_nothing_but_the_fill_value_is_written(tmp_path):
+    path = tmp_path / "out.zarr"
+    to_zarr(xr.Dataset({"a": ("x", np.zeros(4))}).chunk(x=2), path)
+    assert sorted(p.name for p in (path / "a" / "c").iterdir()) == ["0", "1"]

@@ -58,15 +58,16 @@ def write(
         The store failed; what the computation raises is raised as it is.
     """
     tasks = []
-    for name, variable in lazy.items():
-        array = variable.data
-        missing = _missing(name, array, done)
-        if missing:
-            target = zarr.open_array(into, path=name, mode="r+", zarr_format=3)
-            tasks.append(_writers(name, array, target, note, missing, precision))
     # Looking for chunks that are all fill value costs a pass over every draw, and a chunk that
-    # is absent is no sign of anything.
-    with bar(progress), scheduler(), zarr.config.set({"array.write_empty_chunks": True}):
+    # is absent is no sign of anything. An array keeps what was set when it was opened.
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        for name, variable in lazy.items():
+            array = variable.data
+            missing = _missing(name, array, done)
+            if missing:
+                target = zarr.open_array(into, path=name, mode="r+", zarr_format=3)
+                tasks.append(_writers(name, array, target, note, missing, precision))
+    with bar(progress), scheduler():
         compute(*tasks)
 
 
