@@ -36,7 +36,6 @@ ROOMS = (
     "labelling",
     "bound",
     "diagnostics",
-    "pointwise",
     "probe",
     "guard",
     "cell_diagnostics",

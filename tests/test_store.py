@@ -11,6 +11,7 @@ import pytest
 import xarray as xr
 import zarr
 
+from xr_aimz import manifest
 from xr_aimz.errors import IncompleteStoreError, OptionError, SpaceError, StoreError
 from xr_aimz.store import open_zarr, to_zarr
 
@@ -354,3 +355,66 @@ def test_a_chunk_of_nothing_but_the_fill_value_is_written(tmp_path):
     path = tmp_path / "out.zarr"
     to_zarr(xr.Dataset({"a": ("x", np.zeros(4))}).chunk(x=2), path)
     assert sorted(p.name for p in (path / "a" / "c").iterdir()) == ["0", "1"]
+
+
+def test_a_clearing_that_is_killed_leaves_no_marks_behind(ds, tmp_path):
+    path = tmp_path / "out.zarr"
+    interrupted(ds, path)
+    # What clearing does first: whatever it comes to, no later write trusts what is left.
+    store = manifest.as_store(path)
+    cleared = []
+    store.clear = lambda: cleared.append(True) or nothing()
+    manifest.clear(store)
+    assert cleared
+    assert manifest.read(manifest.as_store(path)) is None
+    assert manifest.marked(manifest.as_store(path)) == set()
+
+
+async def nothing():
+    pass
+
+
+def test_another_layout_is_no_write_to_go_on_with(ds, tmp_path):
+    path = tmp_path / "out.zarr"
+    interrupted(ds, path)
+    with pytest.raises(StoreError, match="other results"):
+        to_zarr(watched(ds)[0], path, shards={"lat": 1})
+
+
+def test_other_attrs_are_other_results(ds, tmp_path):
+    path = tmp_path / "out.zarr"
+    to_zarr(ds.chunk(lat=1), path)
+    with pytest.raises(StoreError, match="other results"):
+        to_zarr(ds.chunk(lat=1).assign(tas=ds.tas.chunk(lat=1).assign_attrs(units="degC")), path)
+    again = to_zarr(ds.chunk(lat=1).assign_attrs(history="made later"), path)
+    xr.testing.assert_equal(again.load(), ds)
+
+
+def test_a_store_is_not_replaced_by_what_is_read_from_it(ds, tmp_path):
+    path = tmp_path / "out.zarr"
+    stored = to_zarr(ds.chunk(lat=1), path)
+    with pytest.raises(StoreError, match="from which these results are read"):
+        to_zarr(stored[["tas"]] * 2, path, mode="w")
+    xr.testing.assert_identical(reads(path).load(), ds)
+
+
+def test_attrs_of_numpy_are_written_and_none_changes_a_value(ds, tmp_path):
+    odd = {"valid_range": np.array([0.0, 1.0]), "x": np.float32(2), "missing_value": 0.0}
+    lazy = ds[["tas"]].assign_attrs(levels=np.arange(3)).chunk(lat=1)
+    lazy = lazy.assign(tas=(lazy.tas * 0).assign_attrs(odd))
+    back = to_zarr(lazy, tmp_path / "out.zarr").load()
+    assert (back.tas == 0).all()
+    assert {"valid_range": [0.0, 1.0], "x": 2.0}.items() <= back.tas.attrs.items()
+    assert "missing_value" not in back.tas.attrs
+    assert back.attrs["levels"] == [0, 1, 2]
+
+
+def test_lazy_dates_of_a_file_are_written(ds, tmp_path):
+    ref = xr.DataArray(ds.time.values, dims="time").chunk(time=2)
+    ref.encoding = {"units": "days since 2000-01-01", "dtype": "int64"}
+    dated = ds[["wet"]].assign_coords(ref=ref)
+    dated.to_zarr(tmp_path / "in.zarr", zarr_format=3)
+    opened = xr.open_zarr(tmp_path / "in.zarr")
+    assert opened.ref.chunks is not None
+    back = to_zarr(opened, tmp_path / "out.zarr").load()
+    np.testing.assert_array_equal(back.ref, ds.time)

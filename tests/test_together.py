@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 import xr_aimz
-from xr_aimz.errors import OptionError
+from xr_aimz.errors import MissingValueError, OptionError
 
 TIME, LAT, LON = 40, 4, 3
 
@@ -170,3 +170,78 @@ def test_a_prediction_with_all_of_it_is_written_and_resumed(grid, cells, tmp_pat
     second = again.aimz.to_zarr(tmp_path / "out.zarr", progress=False)
     xr.testing.assert_identical(first.load(), second.load())
     xr.testing.assert_allclose(xr_aimz.open_zarr(tmp_path / "out.zarr").y_mean, pred.y_mean)
+
+
+def cell_fit(ds, model=line):
+    return ds.aimz.fit(model, per="lat", method="laplace", draws=200, progress=False)
+
+
+@pytest.fixture
+def columns():
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(3, 20))
+    dims = ("lat", "time")
+    y = 2 * x + 0.5 * rng.normal(size=x.shape)
+    return xr.Dataset({"x": (dims, x), "y": (dims, y)}, {"lat": [0.0, 1.0, 2.0]})
+
+
+def test_a_cell_whose_values_never_meet_has_no_data(columns):
+    apart = columns.copy(deep=True)
+    apart.x[1, :10] = np.nan
+    apart.y[1, 10:] = np.nan
+    assert cell_fit(apart).sample_stats.status.values.tolist() == [0, 1, 0]
+    apart.x[0, 0] = np.nan
+    assert cell_fit(apart).sample_stats.status.values.tolist() == [0, 1, 0]
+
+
+def test_land_does_not_speak_for_the_sea(columns):
+    land = columns.copy(deep=True)
+    land.y[0] = np.nan
+    land.x[0, 0] = np.nan
+    assert cell_fit(land).sample_stats.status.values.tolist() == [1, 0, 0]
+    shared = land.assign(x=columns.x.isel(lat=1, drop=True).where(columns.time != 3))
+    assert cell_fit(shared).sample_stats.status.values.tolist() == [1, 0, 0]
+
+
+def test_the_gaps_of_every_variable_are_looked_at(columns):
+    def centred(x, z, y=None):
+        a = numpyro.sample("a", dist.Normal(0, 10))
+        numpyro.sample("y", dist.Normal(a + 0 * x + (z - z.mean()), 1), obs=y)
+
+    gappy = columns.assign(z=columns.x + 1).copy(deep=True)
+    gappy.z[1, :10] = np.nan
+    gappy.x[0, 0] = np.nan
+    with pytest.raises(MissingValueError, match="'z'"):
+        cell_fit(gappy, centred)
+
+
+def test_gaps_that_no_label_has_many_of_are_masked_in_batches():
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(100, 40))
+    y = 1.5 * x + 0.5 * rng.normal(size=x.shape)
+    place = np.arange(100)
+    y[place, (place * 7) % 40] = np.nan
+    ds = xr.Dataset({"x": (("time", "lat"), x), "y": (("time", "lat"), y)})
+
+    def flat(x, y=None):
+        slope = numpyro.sample("slope", dist.Normal(0, 10))
+        numpyro.sample("y", dist.Normal(slope * x, 0.5), obs=y)
+
+    fit = ds.aimz.fit(flat, method="svi", batch={"time": 20}, steps=6000, progress=False)
+    whole = ds.stack(cell=("time", "lat")).rename(time="t", lat="l").rename(cell="time")
+    mean, sd = closed_form(whole.x, whole.y)
+    assert abs(float(fit.posterior.slope.mean() - mean)) < 0.5 * float(sd)
+
+
+def test_do_on_a_site_of_a_cell(columns):
+    def shifted(x, y=None):
+        slope = numpyro.sample("slope", dist.Normal(0, 10))
+        with xr_aimz.plate("time"):
+            u = numpyro.sample("u", dist.Normal(0, 0.1))
+            numpyro.sample("y", dist.Normal(slope * x + u, 0.5), obs=y)
+
+    fit = cell_fit(columns, shifted)
+    set_to = xr.DataArray(np.arange(20.0), dims="time")
+    effect = columns[["x"]].aimz.intervene(fit, {"u": set_to}, baseline={"u": 0.0})
+    expected = set_to.broadcast_like(effect.y).transpose(*effect.y.dims)
+    np.testing.assert_allclose(effect.y, expected, atol=1e-5)

@@ -23,7 +23,7 @@ from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.bound import Bound, bind
 from xr_aimz.device import to_device_dtype
 from xr_aimz.errors import ConvergenceWarning, OptionError
-from xr_aimz.gaps import cell_with_gaps, sample_with_gaps
+from xr_aimz.gaps import cells_with_gaps, sample_with_gaps
 from xr_aimz.infer.cells import CellMethod
 from xr_aimz.infer.methods import cell_inference, inference
 from xr_aimz.infer.problem import Draws, Problem
@@ -227,8 +227,8 @@ def _fit_cells(bound: Bound, method: CellMethod, seed: int, store: Any, progress
     """An independent fit in each cell of ``per``."""
     # Masked whether or not there is a gap: a cell is fitted by one program wherever it lies.
     model = masked(bound.model, bound.binding, bound.sites)
-    shown = cell_with_gaps(bound.binding, bound.inputs)
-    _without_gaps(bound, shown, _load(bound.binding, shown))
+    for shown in cells_with_gaps(bound.binding, bound.inputs):
+        _without_gaps(bound, shown, _load(bound.binding, shown))
     plan = plan_cells(replace(bound, model=model), method, seed, wanted(bound))
     shelf: Shelf = Memory(plan) if store is None else Stored(plan, store)
     drawn = fit_cells(plan, shelf, progress=progress)

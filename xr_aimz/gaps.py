@@ -1,13 +1,16 @@
 """A few labels of data that stay lazy, such that they show a missing value if there is one.
 
-A fit in batches never holds its data. What missing values do to a model is looked at on a
-sample: one pass finds where they are, and some labels with them and some without are
-loaded.
+A fit in batches never holds its data, and a fit with ``per`` a few cells of them. What
+missing values do to a model is looked at on samples: passes over the data find where they
+are, and a little is loaded, with a gap of every variable that has one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import reduce
+from operator import and_, or_
 
 import numpy as np
 import xarray as xr
@@ -15,7 +18,7 @@ import xarray as xr
 from xr_aimz.binding import Binding
 from xr_aimz.inputs import Inputs
 
-__all__ = ["cell_with_gaps", "sample_with_gaps"]
+__all__ = ["cells_with_gaps", "sample_with_gaps"]
 
 _LABELS = 8
 
@@ -25,19 +28,20 @@ def sample_with_gaps(binding: Binding, inputs: Inputs) -> Inputs:
 
     Reads all of the data once, block by block. Core dims stay whole.
     """
-    floats = {key: a for key, a in inputs.arrays.items() if a.dtype.kind == "f"}
+    floats = {key: a.variable for key, a in inputs.arrays.items() if a.dtype.kind == "f"}
     free = [d for d in binding.dims if d not in binding.core_dims]
     counts = {
-        f"{d} {i}": a.variable.isnull().sum([e for e in a.dims if e != d])
-        for i, a in enumerate(floats.values())
-        for d in free
-        if d in a.dims
+        f"{d} {key}": a.isnull().sum([e for e in a.dims if e != d])
+        for key, a in floats.items()
+        for d in [*(d for d in free if d in a.dims), None]
     }
     # One Dataset, so that dask reads what variables share only once.
     missing = xr.Dataset(counts).compute()
-    if not any(bool(m.any()) for m in missing.values()):
+    gappy = [key for key in floats if int(missing[f"None {key}"])]
+    if not gappy:
         return replace(inputs, arrays={})
-    chosen = {d: _labels(missing, d, inputs.sizes[d]) for d in free}
+    gaps = [_gap(floats[key], free) for key in gappy]
+    chosen = {d: _labels(missing, d, inputs.sizes[d], gaps) for d in free}
     arrays = {
         key: a.isel({d: at for d, at in chosen.items() if d in a.dims})
         for key, a in inputs.arrays.items()
@@ -47,23 +51,54 @@ def sample_with_gaps(binding: Binding, inputs: Inputs) -> Inputs:
     return replace(inputs, arrays=arrays, sizes=sizes, labels=labels, chunks={})
 
 
-def cell_with_gaps(binding: Binding, inputs: Inputs) -> Inputs:
-    """The inputs of one cell of a fit with ``per``, some but not all of its values missing.
+def _gap(array: xr.Variable, free: list[str]) -> dict[str, int]:
+    """Where one missing value of a variable is: along each dim in turn, where most are."""
+    found: dict[str, int] = {}
+    for d in (d for d in free if d in array.dims):
+        counts = array.isnull().sum([e for e in array.dims if e != d]).compute()
+        found[d] = int(counts.values.argmax())
+        array = array.isel({d: found[d]})
+    return found
 
-    Without arrays where there is no such cell. Reads all of the data once.
+
+def _labels(missing: xr.Dataset, dim: str, size: int, gaps: list[dict[str, int]]) -> np.ndarray:
+    """Positions of the labels with most missing, of those with least, and of known gaps."""
+    count = sum((m.values for m in missing.values() if m.dims == (dim,)), np.zeros(size))
+    order = np.argsort(count, kind="stable")
+    known = [gap[dim] for gap in gaps if dim in gap]
+    return np.unique(np.concatenate([order[:_LABELS], order[-_LABELS:], known]).astype(int))
+
+
+def cells_with_gaps(binding: Binding, inputs: Inputs) -> Iterator[Inputs]:
+    """For each variable with gaps, the inputs of a cell that has one, and has data.
+
+    Reads all of the data once.
     """
+    floats = {k: a.variable for k, a in inputs.arrays.items() if a.dtype.kind == "f"}
+    outcomes = {s.key for a in binding.outcomes for s in a.sources}
+    there = {k: _whole(a, binding) for k, a in floats.items()}
+    some = [t for k, t in there.items() if k in outcomes]
+    every = [t for k, t in there.items() if k not in outcomes]
+    if not there:
+        return
+    data = reduce(and_, [*every, *([reduce(or_, some)] if some else [])])
     cells = {
-        str(i): a.variable.isnull().mean([d for d in a.dims if d not in binding.per])
-        for i, a in enumerate(inputs.arrays.values())
-        if a.dtype.kind == "f" and any(d in binding.dims for d in a.dims)
+        f"gaps {k}": a.isnull().any([d for d in a.dims if d not in binding.per])
+        for k, a in floats.items()
     }
-    for missing in xr.Dataset(cells).compute().values():
-        gappy = (missing > 0) & (missing < 1)
+    known = xr.Dataset({**cells, "data": data.any([d for d in data.dims if d in binding.dims])})
+    known = known.compute()
+    for key in floats:
+        gappy = known[f"gaps {key}"].variable & known["data"].variable
         if bool(gappy.any()):
             place = np.argwhere(gappy.values)[0]
             chosen = {str(d): int(i) for d, i in zip(gappy.dims, place, strict=True)}
-            return _at(inputs, chosen).of_cell(binding.per)
-    return replace(inputs.of_cell(binding.per), arrays={})
+            yield _at(inputs, chosen).of_cell(binding.per)
+
+
+def _whole(array: xr.Variable, binding: Binding) -> xr.Variable:
+    """Where a value is there with all that makes it up."""
+    return array.notnull().all([d for d in array.dims if d not in binding.cut_dims])
 
 
 def _at(inputs: Inputs, chosen: dict[str, int]) -> Inputs:
@@ -72,10 +107,3 @@ def _at(inputs: Inputs, chosen: dict[str, int]) -> Inputs:
         for key, a in inputs.arrays.items()
     }
     return replace(inputs, arrays=arrays)
-
-
-def _labels(missing: xr.Dataset, dim: str, size: int) -> np.ndarray:
-    """Positions of the labels with most missing and of those with least."""
-    count = sum((m.values for m in missing.values() if m.dims == (dim,)), np.zeros(size))
-    order = np.argsort(count, kind="stable")
-    return np.unique(np.concatenate([order[:_LABELS], order[-_LABELS:]]))

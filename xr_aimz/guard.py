@@ -7,8 +7,7 @@ given a value, so nothing is drawn; then its log density has to be the same cell
 so has the value of a deterministic. A site's value need not be likely for that: densities of
 one family that agree at an arbitrary point in every cell are the same. Where they say nothing
 there, the parameters are compared. All is done in 64 bits, where rounding is far below any
-effect. Of most models the trace shows as much by itself (:mod:`xr_aimz.pointwise`), and
-nothing is evaluated.
+effect.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ from xr_aimz.errors import ModelError
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Dims, Program, reading
 from xr_aimz.model import Site, tracing
-from xr_aimz.pointwise import follows, literals
 from xr_aimz.probe import Probe, probe_shapes, probes
 
 __all__ = ["check_split", "coupled"]
@@ -151,8 +149,6 @@ def _with_sources(program: Program, params: Mapping[str, Any], probe: Probe) -> 
 
 def _judged(evaluate: _Evaluator, tried: tuple[Probe, ...], dims: tuple[str, ...]) -> Any:
     key = (evaluate.digest(tried[0]), dims)
-    if key not in _verdicts and evaluate.shows_independence(tried[0], dims):
-        _verdicts[key] = ()
     if key not in _verdicts:
         wholes = [(probe, evaluate(probe)) for probe in tried]
         best = max(_finite(whole) for _, whole in wholes)
@@ -183,30 +179,6 @@ class _Evaluator:
     def digest(self, probe: Probe) -> str:
         """What the program for a probe is known by."""
         return digest(self._trace(probe).jaxpr)
-
-    def shows_independence(self, probe: Probe, dims: tuple[str, ...]) -> bool:
-        """Whether the trace alone shows it, which costs no compilation."""
-        whole, half = (self._trace(p).jaxpr for p in (probe, probe.part(dict.fromkeys(dims, 0))))
-        # A number that is made from a length, such as 1 / x.shape[0], differs in a half.
-        if literals(whole) != literals(half):
-            return False
-        return all(follows(whole, *self._places(probe, d, whole.out_avals)) for d in dims)
-
-    def _places(self, probe: Probe, dim: str, avals: Any) -> tuple[list[Any], list[Any]]:
-        """Where a dim is in each input of the program, and in each output."""
-        into = [
-            dims.index(dim) if dim in dims else None
-            for named in (probe.arrays, probe.latents, probe.noise)
-            for _, (dims, _) in sorted(named.items())
-        ]
-        into += [None] * len(jax.tree.leaves(self._params))
-        out: list[Any] = []
-        for name, aval in zip(sorted(self._program.returns), avals, strict=True):
-            along = dims_in_dataset(self._program.sites[name], self._program.binding)
-            outside = along[: aval.ndim - 1]
-            # In an event, cells belong together: no place is right.
-            out.append(outside.index(dim) if dim in outside else -1 if dim in along else None)
-        return into, out
 
     def __call__(self, probe: Probe) -> dict[str, np.ndarray]:
         shape = tuple(probe.sizes.values())

@@ -155,6 +155,10 @@ def clear(store: Store) -> None:
     for root in _ROOTS:
         if sync(store.exists(root)):
             sync(store.delete(root))
+    # Then of what says which blocks are there: a resume would trust it.
+    sync(store.delete_dir(_DONE))
+    if sync(store.exists(_MANIFEST)):
+        sync(store.delete(_MANIFEST))
     if occupied(store):
         sync(store.clear())
 

@@ -225,7 +225,7 @@ def _fit_block(plan: Plan, place: Place, loaded: Arrays) -> Arrays:
         if _varies(dims[k], binding.per)
     }
     shared = {k: a for k, a in loaded.items() if k not in own}
-    cells = np.flatnonzero(_has_data(own, binding, prod(sizes)))
+    cells = np.flatnonzero(_has_data(own, shared, dims, binding, prod(sizes)))
     words = _words(plan, place)[cells]
     seed = keys.seed_key(plan.seed)
     parts = plan.tiles.run(seed, words, {k: a[cells] for k, a in own.items()}, shared)
@@ -255,17 +255,29 @@ def _by_cell(
     return whole.reshape(prod(sizes), *rest)
 
 
-def _has_data(own: Mapping[str, np.ndarray], binding: Binding, count: int) -> np.ndarray:
-    """Which cells have a value of an outcome, and one in every input of theirs."""
-    there = {
-        key: ~np.isnan(a).reshape(count, -1).all(axis=1) if a.dtype.kind == "f" else True
-        for key, a in own.items()
-    }
+def _has_data(
+    own: Mapping[str, np.ndarray],
+    shared: Mapping[str, np.ndarray],
+    dims: Mapping[str, tuple[str, ...]],
+    binding: Binding,
+    count: int,
+) -> np.ndarray:
+    """Which cells have an observation: a value of an outcome where all inputs are there."""
     outcomes = {s.key for a in binding.outcomes for s in a.sources}
-    some, every = np.zeros(count, bool), np.ones(count, bool)
-    for key, has in there.items():
-        some, every = (some | has, every) if key in outcomes else (some, every & has)
-    return some & every
+    some: Any = xr.Variable((), not outcomes)
+    every: Any = xr.Variable("cell", np.ones(count, bool))
+    for key, array in {**own, **shared}.items():
+        names = [
+            *(["cell"] if key in own else []),
+            *(d for d in dims[key] if d not in binding.per),
+        ]
+        there = xr.Variable(
+            names, ~np.isnan(array) if array.dtype.kind == "f" else np.ones(array.shape, bool)
+        )
+        whole = there.all([d for d in names if d not in ("cell", *binding.dims)])
+        some, every = (some | whole, every) if key in outcomes else (some, every & whole)
+    found = every & some
+    return found.any([d for d in found.dims if d != "cell"]).values
 
 
 def _words(plan: Plan, place: Place) -> np.ndarray:

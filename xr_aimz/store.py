@@ -8,7 +8,7 @@ what it computes by its content, and the manifest knows which blocks are there.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +28,9 @@ from xr_aimz.errors import (
 )
 from xr_aimz.manifest import Manifest
 from xr_aimz.rounding import MANTISSA
-from xr_aimz.template import encoded, layout, sharded, template, uniform
+from xr_aimz.template import encoded, layout, plain, sharded, template, uniform
 from xr_aimz.transaction import commit, is_repository
-from xr_aimz.writing import write
+from xr_aimz.writing import stores_read, write
 
 __all__ = ["open_zarr", "to_zarr"]
 
@@ -105,8 +105,9 @@ def to_zarr(
     blocks = uniform(ds)
     whole = sharded(blocks, shards)
     lazy = encoded(whole)
-    laid = partial(template, whole, lazy, layout(blocks, lazy, shards))
-    fingerprint = _fingerprint(whole, precision)
+    lengths = layout(blocks, lazy, shards)
+    laid = partial(template, whole, lazy, lengths)
+    fingerprint = _fingerprint(whole, precision, lengths)
     if is_repository(store):
         write_all = partial(write, lazy=lazy, done=(), precision=precision, progress=progress)
         return commit(store, laid, write_all, fingerprint, replace=mode == "w", resume=resume)
@@ -115,22 +116,30 @@ def to_zarr(
     mine = Manifest(fingerprint, count)
     if mode == "w":
         _check_space(into, lazy, 0)
+        _check_own_source(store, into, lazy)
         manifest.clear(into)
     elif _resumes(store, into, mine, resume):
         return _opened(into)
     done = manifest.marked(into)
     _check_space(into, lazy, len(done))
-    keys = manifest.contents(laid())
+    go_on = partial(write, into, lazy, done, partial(manifest.mark, into), precision, progress)
+    _written(store, into, mine, manifest.contents(laid()), go_on)
+    return _opened(into)
+
+
+def _written(
+    store: Any, into: Store, mine: Manifest, keys: Mapping[str, bytes], go_on: Callable[[], None]
+) -> None:
+    """All of a store: the manifest and what is in memory, then the blocks, then its root."""
     try:
         manifest.begin(into, mine, keys)
-        write(into, lazy, done, partial(manifest.mark, into), precision, progress)
+        go_on()
         manifest.finish(into, keys)
     except WriteError as error:
         raise WriteError(
             f"writing {str(store)!r} failed: {error}. The blocks that are there stay; once the "
             "cause is gone, the same call goes on from them"
         ) from error
-    return _opened(into)
 
 
 def open_zarr(store: Any, **options: Any) -> xr.Dataset:
@@ -196,13 +205,25 @@ def _opened(into: Store) -> xr.Dataset:
     return xr.open_zarr(into, consolidated=True)
 
 
-def _fingerprint(ds: xr.Dataset, precision: int | None) -> str:
-    """A name for the values to be written: of lazy ones that of their graph."""
+def _fingerprint(ds: xr.Dataset, precision: int | None, lengths: Mapping[str, Any]) -> str:
+    """A name for what is to be written: of lazy values that of their graph."""
     parts = {
         str(name): (v.dims, str(v.dtype), (v.chunks, v.data.name) if v.chunks else v.values)
         for name, v in ds.variables.items()
     }
-    return tokenize(parts, precision)
+    attrs = {str(name): plain(v.attrs) for name, v in ds.variables.items()}
+    # The history has the time of day.
+    own = {k: v for k, v in plain(ds.attrs).items() if k != "history"}
+    return tokenize(parts, precision, lengths, repr(attrs), repr(own))
+
+
+def _check_own_source(store: Any, into: Store, lazy: Mapping[str, xr.Variable]) -> None:
+    """What is to be replaced must not be what the results are read from."""
+    if manifest.occupied(into) and any(into == source for source in stores_read(lazy)):
+        raise StoreError(
+            f"mode='w' would empty {str(store)!r}, from which these results are read; write to "
+            "another path"
+        )
 
 
 def _check_space(into: Store, lazy: Mapping[str, xr.Variable], done: int) -> None:

@@ -20,11 +20,13 @@ from zarr.storage import MemoryStore
 
 from xr_aimz.errors import OptionError
 
-__all__ = ["encoded", "layout", "sharded", "template", "uniform"]
+__all__ = ["encoded", "layout", "plain", "sharded", "template", "uniform"]
 
 # By measurement, docs/store.md: a stronger codec finds as little in noise, and takes longer.
 _CODECS = (BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"),)
 _KEPT = ("units", "calendar")
+# Attrs that would have a reader change the values; these are written as they are.
+_DECODED = ("_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned")
 
 
 def uniform(ds: xr.Dataset) -> xr.Dataset:
@@ -42,7 +44,8 @@ def uniform(ds: xr.Dataset) -> xr.Dataset:
     for variable in uniform.variables.values():
         # How a source was stored (its codecs, its chunks) is no way to store this; how its
         # times were counted is.
-        variable.encoding = {k: v for k, v in variable.encoding.items() if k in _KEPT}
+        kept = _KEPT if variable.chunks is None else ()
+        variable.encoding = {k: v for k, v in variable.encoding.items() if k in kept}
     return uniform
 
 
@@ -71,18 +74,23 @@ def template(
             dtype=variable.dtype,
             compressors=_CODECS,
             dimension_names=[str(d) for d in variable.dims],
-            attributes={k: v for k, v in variable.attrs.items() if k != "_FillValue"},
+            attributes={k: v for k, v in plain(variable.attrs).items() if k not in _DECODED},
             **layout[name],
         )
     # Which coordinates belong to which variable xarray knows of the Dataset as a whole.
     _, attrs = encode_dataset_coordinates(ds)
-    zarr.open_group(memory, mode="r+").attrs.put(dict(attrs))
+    zarr.open_group(memory, mode="r+").attrs.put(plain(attrs))
     with warnings.catch_warnings():
         # Consolidated metadata is not in the v3 specification yet; xarray reads it all the
         # same, https://github.com/zarr-developers/zarr-specs/pull/309.
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         zarr.consolidate_metadata(memory)
     return memory
+
+
+def plain(attrs: Mapping[Any, Any]) -> dict[str, Any]:
+    """Attrs as JSON can hold them: arrays as lists, NumPy's numbers as Python's."""
+    return {str(k): v.tolist() if hasattr(v, "tolist") else v for k, v in attrs.items()}
 
 
 def encoded(ds: xr.Dataset) -> dict[str, xr.Variable]:

@@ -138,7 +138,9 @@ def _told(
     sizes: Mapping[str, int],
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
     """The value, where it is taken, and where each function is, on the site's own axes."""
-    value, told = _stacked(change, dims, arrays, dims_in_dataset(site, binding))
+    # Of a fit with ``per`` this is one cell: its site has no dims of the cells.
+    own = dims_in_dataset(site, binding)[len(binding.per) :]
+    value, told = _stacked(change, dims, arrays, own)
     shape = (len(change.worlds), *shape_in_model(site, binding, sizes))
 
     def whole(array: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ that what is finished is neither read nor computed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, product
 from typing import Any
@@ -26,7 +26,7 @@ from xr_aimz.errors import WriteError
 from xr_aimz.rounding import keep_bits
 from xr_aimz.scheduling import bar, scheduler
 
-__all__ = ["write"]
+__all__ = ["stores_read", "write"]
 
 Note = Callable[[str, tuple[int, ...]], None]
 
@@ -69,6 +69,19 @@ def write(
                 tasks.append(_writers(name, array, target, note, missing, precision))
     with bar(progress), scheduler():
         compute(*tasks)
+
+
+def stores_read(lazy: Mapping[str, xr.Variable]) -> Iterator[Store]:
+    """The Zarr stores that the graphs of lazy variables read from."""
+    for variable in lazy.values():
+        for node in dict(variable.data.dask).values():
+            # xarray wraps an array of a store in adapters, each of which holds the next.
+            value: Any = getattr(node, "value", node)
+            while hasattr(value, "array"):
+                value = value.array
+            held = getattr(value, "_array", None)
+            if isinstance(held, Array):
+                yield held.store_path.store
 
 
 def _missing(
