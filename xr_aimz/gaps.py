@@ -26,20 +26,26 @@ _LABELS = 8
 def sample_with_gaps(binding: Binding, inputs: Inputs) -> Inputs:
     """The inputs at a few labels; without arrays where nothing is missing.
 
-    Reads all of the data once, block by block. Core dims stay whole.
+    Reads all of the data once, block by block, and again where there are gaps. Core dims stay
+    whole.
     """
     floats = {key: a.variable for key, a in inputs.arrays.items() if a.dtype.kind == "f"}
     free = [d for d in binding.dims if d not in binding.core_dims]
-    counts = {
-        f"{d} {key}": a.isnull().sum([e for e in a.dims if e != d])
-        for key, a in floats.items()
-        for d in [*(d for d in free if d in a.dims), None]
-    }
-    # One Dataset, so that dask reads what variables share only once.
-    missing = xr.Dataset(counts).compute()
-    gappy = [key for key in floats if int(missing[f"None {key}"])]
+    # One Dataset, so that dask reads what variables share only once; and one block after
+    # another, for those of a large store weigh much.
+    counted = xr.Dataset({key: a.isnull().sum() for key, a in floats.items()})
+    total = counted.compute(scheduler="synchronous")
+    gappy = [key for key in floats if int(total[key])]
     if not gappy:
         return replace(inputs, arrays={})
+    # Along each dim only now: of very many labels the counts weigh as much as data.
+    counts = {
+        f"{d} {key}": floats[key].isnull().sum([e for e in floats[key].dims if e != d])
+        for key in gappy
+        for d in free
+        if d in floats[key].dims
+    }
+    missing = xr.Dataset(counts).compute(scheduler="synchronous")
     gaps = [_gap(floats[key], free) for key in gappy]
     chosen = {d: _labels(missing, d, inputs.sizes[d], gaps) for d in free}
     arrays = {
