@@ -395,6 +395,8 @@ def test_a_store_is_not_replaced_by_what_is_read_from_it(ds, tmp_path):
     stored = to_zarr(ds.chunk(lat=1), path)
     with pytest.raises(StoreError, match="from which these results are read"):
         to_zarr(stored[["tas"]] * 2, path, mode="w")
+    with pytest.raises(StoreError, match="from which these results are read"):
+        to_zarr(stored[["tas"]] * 2, tmp_path, mode="w")
     xr.testing.assert_identical(reads(path).load(), ds)
 
 

@@ -32,6 +32,7 @@ from xr_aimz.stream import Stream
 
 __all__ = ["Training", "training"]
 
+_PIECE = 2**20
 Leaves = list[Any]
 
 
@@ -211,7 +212,14 @@ class Training:
         assert inputs is not None
         found = hashlib.sha256(repr(made).encode())
         for d, size in made.lengths.items():
-            found.update(label_words(d, inputs.labels.get(d), size=size).tobytes())
+            found.update(f"{d} {size}".encode())
+            labels = inputs.labels.get(d)
+            if labels is None:
+                continue
+            # Piece by piece: the words of very many labels weigh as much as data.
+            for start in range(0, size, _PIECE):
+                piece = labels[start : start + _PIECE]
+                found.update(label_words(d, piece, size=len(piece)).tobytes())
         for key in sorted(self.data.first):
             found.update(np.ascontiguousarray(self.data.first[key]).tobytes())
         return found.hexdigest()
