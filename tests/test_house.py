@@ -37,6 +37,7 @@ ROOMS = (
     "bound",
     "diagnostics",
     "probe",
+    "pointwise",
     "guard",
     "cell_diagnostics",
     "posterior",

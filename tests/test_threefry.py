@@ -55,9 +55,10 @@ def test_known_answers(key, counter, expected):
     assert tuple(int(word) for word in got) == expected
 
 
-def test_a_key_for_each_counter_broadcasts():
-    keys = words(np.arange(3)[:, None], np.arange(3)[:, None] + 10)
-    counter = words(np.arange(4), np.zeros(4))
+def test_a_key_for_each_counter():
+    own = np.broadcast_to(np.arange(3)[:, None], (3, 4))
+    keys = words(own, own + 10)
+    counter = words(*np.broadcast_to([np.arange(4), np.zeros(4)], (3, 2, 4)).swapaxes(0, 1))
     got = jnp.stack(threefry(keys, counter))
     assert got.shape == (2, 3, 4)
     for i in range(3):

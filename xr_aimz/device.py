@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, PartitionSpec
 
 from xr_aimz.errors import DtypeError
@@ -122,13 +123,19 @@ def _compile(
 
 def _over_draws(call: Call, draws: Any, shared: Any, devices: list) -> Callable:
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), draws)
-    outputs = jax.eval_shape(call, one, shared)
+    # One trace serves the sizes and the map: a model runs in Python each time it is traced.
+    closed, outputs = jax.make_jaxpr(call, return_shape=True)(one, _structs(shared))
+    structure = jax.tree.structure(outputs)
     elements = max([prod(o.shape) for o in jax.tree.leaves(outputs)] + [1])
     count = len(jax.tree.leaves(draws)[0]) // len(devices)
     step = _step(count, elements)
 
+    def traced_call(draw: Any, shared: Any) -> Any:
+        found = jaxpr_as_fun(closed)(*jax.tree.leaves((draw, shared)))
+        return jax.tree.unflatten(structure, found)
+
     def mapped(draws: Any, shared: Any) -> Any:
-        return jax.lax.map(lambda draw: call(draw, shared), draws, batch_size=step)
+        return jax.lax.map(lambda draw: traced_call(draw, shared), draws, batch_size=step)
 
     if len(devices) == 1:
         return mapped

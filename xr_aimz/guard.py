@@ -7,7 +7,8 @@ given a value, so nothing is drawn; then its log density has to be the same cell
 so has the value of a deterministic. A site's value need not be likely for that: densities of
 one family that agree at an arbitrary point in every cell are the same. Where they say nothing
 there, the parameters are compared. All is done in 64 bits, where rounding is far below any
-effect.
+effect. Most models need not be evaluated for it: that their cells are independent is read off
+the two traces (:mod:`xr_aimz.pointwise`), which is much less work than compiling them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from xr_aimz.errors import ModelError
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Dims, Program, reading
 from xr_aimz.model import Site, tracing
+from xr_aimz.pointwise import proven
 from xr_aimz.probe import Probe, probe_shapes, probes
 
 __all__ = ["check_split", "coupled"]
@@ -124,12 +126,23 @@ def coupled(
                 warnings.simplefilter("ignore")
                 try:
                     tried = probes(program, inputs, latents, seen or {}, sizes)
+                    evaluate = _Evaluator(_with_all_drawn(program, tried[0]), params)
+                    if evaluate.proves(tried[0], dims):
+                        return ()
                     whole = _with_sources(program, params, tried[0])
-                    return _judged(_Evaluator(whole, params), tried, dims)
+                    if whole.returns != evaluate.program.returns:
+                        evaluate = _Evaluator(whole, params)
+                    return _judged(evaluate, tried, dims)
                 except Exception:
                     # Whatever a model may raise on sizes and dtypes that it was not made for.
                     continue
     return None
+
+
+def _with_all_drawn(program: Program, probe: Probe) -> Program:
+    """The program, with every drawn site among its ``returns``."""
+    hidden = (name for name in probe.noise if name not in program.returns)
+    return replace(program, returns=(*program.returns, *hidden))
 
 
 def _with_sources(program: Program, params: Mapping[str, Any], probe: Probe) -> Program:
@@ -172,7 +185,7 @@ class _Evaluator:
     """Evaluates probes, with one compilation for each of their shapes."""
 
     def __init__(self, program: Program, params: Mapping[str, Any]) -> None:
-        self._program, self._params = program, params
+        self.program, self._params = program, params
         self._traced: dict[tuple[int, ...], Any] = {}
         self._compiled: dict[tuple[int, ...], Any] = {}
 
@@ -187,6 +200,27 @@ class _Evaluator:
         found = self._compiled[shape](*probe.values, self._params)
         return {name: np.asarray(value) for name, value in found.items()}
 
+    def proves(self, probe: Probe, dims: tuple[str, ...]) -> bool:
+        """Whether the traces of a whole and a half show that no cell sees another."""
+        half = probe.part(dict.fromkeys(dims, 0))
+        whole, part = (self._trace(one).jaxpr for one in (probe, half))
+        named = [
+            kind[name]
+            for kind in (probe.arrays, probe.latents, probe.noise)
+            for name in sorted(kind)
+        ]
+        given = [tuple(d if d in dims else None for d in own) for own, _ in named]
+        given += [(None,) * np.ndim(leaf) for leaf in jax.tree.leaves(self._params)]
+        wanted = []
+        for name, struct in sorted(self._trace(probe).out_info.items()):
+            along = dims_in_dataset(self.program.sites[name], self.program.binding)
+            cells = along[: len(struct.shape) - 1]
+            # An event that spans the dim is one density of cells that belong together.
+            if set(along[len(cells) :]) & set(dims):
+                return False
+            wanted.append((*(d if d in dims else None for d in cells), None))
+        return proven(whole, part, given, wanted)
+
     def differs(
         self, probe: Probe, whole: Mapping[str, np.ndarray], dims: tuple[str, ...]
     ) -> bool:
@@ -194,8 +228,8 @@ class _Evaluator:
         for corner in product((0, 1), repeat=len(dims)):
             halves = dict(zip(dims, corner, strict=True))
             for name, part in self(probe.part(halves)).items():
-                site = self._program.sites[name]
-                along = dims_in_dataset(site, self._program.binding)
+                site = self.program.sites[name]
+                along = dims_in_dataset(site, self.program.binding)
                 inside = along[part.ndim - 1 :]
                 # An event that spans the dim is one density of cells that belong together.
                 if set(inside) & set(dims):
@@ -208,8 +242,8 @@ class _Evaluator:
     def _trace(self, probe: Probe) -> Any:
         shape = tuple(probe.sizes.values())
         if shape not in self._traced:
-            with tracing(block_of(self._program.binding, probe.sizes)):
-                call = _call(self._program, probe.sizes)
+            with tracing(block_of(self.program.binding, probe.sizes)):
+                call = _call(self.program, probe.sizes)
                 self._traced[shape] = jax.jit(call).trace(*probe.values, self._params)
         return self._traced[shape]
 

@@ -12,7 +12,7 @@ Salmon, Moraes, Dror and Shaw (2011), Parallel random numbers: as easy as 1, 2, 
 from __future__ import annotations
 
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 __all__ = ["threefry"]
 
@@ -29,19 +29,27 @@ def threefry(key: tuple[Words, Words], counter: tuple[Words, Words]) -> tuple[Wo
     Parameters
     ----------
     key, counter : pair of uint32 arrays
-        The two words of each, broadcast against each other.
+        The two words of each: all of one shape, or scalars.
 
     Returns
     -------
     pair of uint32 arrays
     """
-    schedule = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(_PARITY))
-    high, low = counter[0] + schedule[0], counter[1] + schedule[1]
+    # By lax: an operator on a JAX array takes ten times as long to trace, and here are many.
+    on_host = all(isinstance(word, np.ndarray | np.generic) for word in (*key, *counter))
+    op, shift, back = (
+        (np, np.left_shift, np.right_shift)
+        if on_host
+        else (lax, lax.shift_left, lax.shift_right_logical)
+    )
+    parity = op.bitwise_xor(op.bitwise_xor(key[0], key[1]), np.uint32(_PARITY))
+    schedule = (key[0], key[1], parity)
+    high, low = op.add(counter[0], schedule[0]), op.add(counter[1], schedule[1])
     for group in range(5):
         for turn in _ROTATIONS[group % 2]:
-            high = high + low
-            low = (low << turn) | (low >> (32 - turn))
-            low = low ^ high
-        high = high + schedule[(group + 1) % 3]
-        low = low + schedule[(group + 2) % 3] + np.uint32(group + 1)
+            high = op.add(high, low)
+            low = op.bitwise_or(shift(low, np.uint32(turn)), back(low, np.uint32(32 - turn)))
+            low = op.bitwise_xor(low, high)
+        high = op.add(high, schedule[(group + 1) % 3])
+        low = op.add(low, op.add(schedule[(group + 2) % 3], np.uint32(group + 1)))
     return high, low
