@@ -26,6 +26,7 @@ import numpy as np
 import numpyro.distributions as dist
 import xarray as xr
 from numpyro import handlers
+from numpyro.distributions.distribution import validation_enabled
 from numpyro.distributions.transforms import biject_to
 
 from xr_aimz.axes import dims_in_dataset, shape_in_model
@@ -242,7 +243,8 @@ class _Evaluator:
     def _trace(self, probe: Probe) -> Any:
         shape = tuple(probe.sizes.values())
         if shape not in self._traced:
-            with tracing(block_of(self.program.binding, probe.sizes)):
+            # Checks of a distribution's parameters are no part of what it is.
+            with tracing(block_of(self.program.binding, probe.sizes)), validation_enabled(False):
                 call = _call(self.program, probe.sizes)
                 self._traced[shape] = jax.jit(call).trace(*probe.values, self._params)
         return self._traced[shape]
