@@ -37,6 +37,7 @@ ROOMS = (
     "bound",
     "diagnostics",
     "probe",
+    "axiswise",
     "pointwise",
     "guard",
     "cell_diagnostics",

@@ -30,6 +30,9 @@ CELL_BY_CELL = {
     "a constant": lambda x: x * jnp.ones((*x.shape[:1], 1, 1)),
     "an event more": lambda x: jnp.stack([x, -x], -1).sum(-1) + x,
     "reshaped": lambda x: x.reshape(*x.shape[:2], 1, -1)[:, :, 0],
+    "flattened and back": lambda x: jnp.tanh(x.reshape(-1, EVENT) + 1).reshape(x.shape),
+    "all flattened and back": lambda x: jnp.tanh(x.ravel() * jnp.ones(x.size)).reshape(x.shape),
+    "a diagonal": lambda x: jnp.diagonal(x[..., None] * jnp.eye(EVENT), axis1=-2, axis2=-1),
     "moved and back": lambda x: jnp.moveaxis(jnp.moveaxis(x, 0, -1) * 2, -1, 0),
     "a scan along its event": lambda x: jnp.moveaxis(
         jax.lax.scan(lambda c, v: (c + v, c * v), x[..., 0], jnp.moveaxis(x, -1, 0))[1], 0, -1
@@ -55,6 +58,11 @@ COUPLED = {
     "neighbours by a product": lambda x: jnp.einsum("ijk,mjk->imk", x, x)[:, : x.shape[1]],
     "its own place": lambda x: x * jnp.eye(x.shape[0], x.shape[1])[..., None],
     "a table of cells": lambda x: x[(jnp.abs(x[:, 0, 0]) * 10).astype(int) % x.shape[0]],
+    "a mean of the flattened": lambda x: x - x.reshape(-1, EVENT).mean(0),
+    "ranks among the flattened": lambda x: jnp.sort(x.ravel()).reshape(x.shape),
+    "flattened, and folded otherwise": lambda x: (
+        x + x.reshape(-1, EVENT, x.shape[0]).sum(-1).reshape(x.shape[0], -1, EVENT)
+    ),
     "halves": lambda x: (
         x.reshape(2, -1, *x.shape[1:]).mean(0, keepdims=True).repeat(2, 0).reshape(x.shape)
     ),
