@@ -36,6 +36,7 @@ from xr_aimz.per_cell import Memory, Shelf, fit_cells, plan_cells
 from xr_aimz.posterior import Fit
 from xr_aimz.record import options_of, versions
 from xr_aimz.shelf import Stored
+from xr_aimz.watch import watched
 
 __all__ = ["fit"]
 
@@ -191,17 +192,17 @@ def fit(
     given |= {"patience": patience, "checkpoint": checkpoint}
     asked = {name: value for name, value in given.items() if value is not None}
     bound_to = partial(bind, ds, model, variables, dim=dim, core_dim=core_dim, layout=layout)
-    shown = shows_progress(progress)
-    if per:
-        in_cell = cell_inference(model, method, asked)
-        found = _fit_cells(bound_to(per=per), in_cell, seed, store, shown)
-        return _looked_at(_recorded(found, method, asked, seed))
-    if store is not None:
-        raise OptionError(f"store={str(store)!r} goes with per=; other fits are kept in memory")
-    by = partial(inference, asked=asked, seed=seed, progress=shown)
-    infer = by(model, method)
-    found = _fit_whole(bound_to(), method, by, infer, batch)
-    return _looked_at(_recorded(found, method, asked, seed))
+    with watched() as told:
+        if per:
+            in_cell = cell_inference(model, method, asked)
+            found = _fit_cells(bound_to(per=per), in_cell, seed, store, shows_progress(progress))
+            return told(_looked_at(_recorded(found, method, asked, seed)))
+        if store is not None:
+            raise OptionError(f"store={str(store)!r} goes with per=; other fits are in memory")
+        by = partial(inference, asked=asked, seed=seed, progress=shows_progress(progress))
+        infer = by(model, method)
+        found = _fit_whole(bound_to(), method, by, infer, batch)
+        return told(_looked_at(_recorded(found, method, asked, seed)))
 
 
 def _fit_whole(
