@@ -2,13 +2,15 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 QUIET = {
@@ -18,11 +20,18 @@ QUIET = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
 }
 
+# Read when MLflow is first imported.
+os.environ.update(QUIET)
+
 
 def free_port():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
+
+
+def _processes():
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
 
 
 class TrackingServer:
@@ -34,6 +43,9 @@ class TrackingServer:
         self._process = None
 
     def start(self):
+        """Start, unless it runs."""
+        if self._process is not None:
+            return self
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/runs.db"]
@@ -72,20 +84,48 @@ class TrackingServer:
             self._process.wait()
             self._process = None
 
+    @contextmanager
+    def without_space(self):
+        """The server's processes can write nothing, as if its disk were full."""
+        group = [p for p in _processes() if os.getpgid(p) == self._process.pid]
+        before = {p: resource.prlimit(p, resource.RLIMIT_FSIZE) for p in group}
+        for process, (_, hard) in before.items():
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (0, hard))
+        try:
+            yield
+        finally:
+            for process, limits in before.items():
+                resource.prlimit(process, resource.RLIMIT_FSIZE, limits)
+
     def ask(self, path, **body):
         """POST to the REST API."""
+        return self._post(f"api/2.0/mlflow/{path}", body)
+
+    def ask_page(self, path, **body):
+        """POST to where the pages of the UI post."""
+        return self._post(f"ajax-api/2.0/mlflow/{path}", body)
+
+    def _post(self, path, body):
         request = urllib.request.Request(
-            f"{self.uri}/api/2.0/mlflow/{path}",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            f"{self.uri}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
-    def read(self, path):
+    def read(self, path, **query):
         """GET from the REST API."""
-        with urllib.request.urlopen(f"{self.uri}/api/2.0/{path}", timeout=30) as answer:
+        address = f"{self.uri}/api/2.0/{path}?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(address, timeout=30) as answer:
             return answer.read()
+
+    def history(self, run, metric):
+        asked = {"run_id": run["info"]["run_id"], "metric_key": metric, "max_results": 5000}
+        found = json.loads(self.read("mlflow/metrics/get-history", **asked))["metrics"]
+        return sorted(found, key=lambda point: int(point["step"]))
+
+    def files(self, run):
+        asked = {"run_id": run["info"]["run_id"]}
+        return json.loads(self.read("mlflow/artifacts/list", **asked))["files"]
 
     def search(self, experiment, where=""):
         found = self.ask("runs/search", experiment_ids=[experiment], filter=where)

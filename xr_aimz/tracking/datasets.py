@@ -45,25 +45,22 @@ class Described:
 
 def described(fit: Fit) -> Described:
     """The outcomes and inputs of a fit, by content where they are in memory."""
-    outcomes, inputs = _arrays(fit.observed_data), _arrays(fit.constant_data)
+    outcomes = {str(name): a for name, a in fit.observed_data.items()}
+    inputs = {str(name): a for name, a in fit.constant_data.items()}
+    # Labels are given, whichever variables they are along.
+    inputs |= {str(d): ds[d] for ds in (fit.observed_data, fit.constant_data) for d in ds.indexes}
     variables = {name: _described(a) for name, a in {**inputs, **outcomes}.items()}
     whole = hashlib.sha256()
     for name, found in sorted(variables.items()):
         whole.update(repr((name, found["digest"])).encode())
     schema = {"mlflow_tensorspec": {"features": _schema(inputs), "targets": _schema(outcomes)}}
     return Described(
-        name=",".join(outcomes or inputs)[:NAME] or "data",
+        name=",".join(outcomes)[:NAME] or "data",
         digest=whole.hexdigest()[:DIGEST],
         of="; ".join(sorted({v["digest_of"] for v in variables.values()})),
         schema=schema,
         variables=dict(list(variables.items())[:LISTED]),
     )
-
-
-def _arrays(ds: xr.Dataset) -> dict[str, xr.DataArray]:
-    """The variables of a group, and the coordinates along their dims."""
-    index = {d: ds[d] for d in ds.dims if d in ds.coords}
-    return {str(name): a for name, a in {**index, **ds.data_vars}.items()}
 
 
 def _described(array: xr.DataArray) -> dict[str, Any]:

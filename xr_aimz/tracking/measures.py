@@ -16,10 +16,8 @@ _WORST: dict[str, Callable] = {"rhat": np.nanmax, "ess_bulk": np.nanmin, "ess_ta
 
 
 def has_chains(fit: Fit) -> bool:
-    """Whether R-hat and effective sample sizes say something: not of independent draws."""
-    return fit.losses is None and (
-        "diverging" in fit.sample_stats or fit.posterior.sizes.get("chain", 0) > 1
-    )
+    """Whether draws are judged by R-hat and effective sample sizes, as the fit itself did."""
+    return fit.losses is None and ("diverging" in fit.sample_stats or not fit.binding.per)
 
 
 def diagnosed(fit: Fit) -> xr.Dataset:

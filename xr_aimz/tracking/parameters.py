@@ -72,8 +72,9 @@ def key(name: str) -> str:
     >>> key("size.lat/lon (deg)")
     'size.lat_lon _deg_'
     """
-    plain = _STRANGE.sub("_", name)
-    if len(plain) <= KEY and plain.strip("."):
+    # A name that starts with a dot could be a path out of its folder.
+    plain = _STRANGE.sub("_", name).lstrip(".")
+    if plain and len(plain) <= KEY:
         return plain
     return f"{plain[: KEY - 9]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 __all__ = ["Attempts", "patience"]
 
@@ -25,7 +25,7 @@ _BRIEF = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 _LOST = 5.0
-_SHOWN = 400
+_SHOWN = 300
 
 
 class _Brief:
@@ -101,6 +101,15 @@ class Attempts:
         return f"{told}; not tried after that: {rest}" if rest else told
 
 
-def _reason(error: Any) -> str:
+def _reason(error: BaseException) -> str:
+    """An error and what is at the bottom of it, which MLflow's own words may hide."""
+    root = error
+    while (below := root.__cause__ or root.__context__) is not None:
+        root = below
+    said = _line(error)
+    return said if root is error or str(root) in said else f"{said} (for {_line(root)})"
+
+
+def _line(error: BaseException) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

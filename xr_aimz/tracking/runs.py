@@ -68,21 +68,22 @@ def begin(marks: Mapping[str, str]) -> Run:
 
 def end(run: Run, attempts: Attempts, error: BaseException | None = None) -> None:
     """Say how the fit went; a run that was made for it is over."""
-    client, state = mlflow.MlflowClient(), "logged in part" if attempts.failed else "logged"
-    found = {STATE: state}
+    found = {STATE: "logged in part" if attempts.failed else "logged"}
     if error is not None:
         found = {STATE: "failed", "xr_aimz.error": f"{type(error).__name__}: {error}"}
     said = [RunTag(name, text(value, TAG)) for name, value in found.items()]
-    attempts("how the fit went", lambda: client.log_batch(run.id, tags=said))
+    attempts("how the fit went", lambda: mlflow.MlflowClient().log_batch(run.id, tags=said))
     if run.made:
         status = "FINISHED" if error is None else "FAILED"
-        # Whatever the server says: the run must leave the stack of this thread.
+        # However much failed before: the run must leave the stack of this thread.
         attempts.always("the end of the run", partial(_over, run.id, status))
 
 
 def fill(run: Run, fit: Fit, wanted: Wanted, attempts: Attempts) -> bool:
     """Log a fit, as much of it as goes; whether its parameters and tags are there."""
-    client = mlflow.MlflowClient()
+    client = attempts("a client", mlflow.MlflowClient)
+    if client is None:
+        return False
     named = attempts("parameters and tags", lambda: _log_facts(client, run.id, fit))
     table = attempts("diagnostics", lambda: diagnosed(fit)) if wanted.diagnostics else None
     if table is not None:
@@ -93,10 +94,13 @@ def fill(run: Run, fit: Fit, wanted: Wanted, attempts: Attempts) -> bool:
     data = attempts("the data's digest", lambda: described(fit)) if wanted.datasets else None
     if data is not None:
         attempts("the data's digest", lambda: _log_input(client, run.id, data))
-    made = dict(files(fit, table, data, pictures=wanted.pictures and not missing()))
-    attempts("artifacts", lambda: _log_files(client, run.id, made, attempts))
-    if wanted.pictures and (why := missing()):
+    why = missing() if wanted.pictures else None
+    if why is not None:
         attempts("why there is no picture", lambda: client.set_tag(run.id, "xr_aimz.picture", why))
+    drawn = wanted.pictures and why is None
+    made = attempts("artifacts", lambda: dict(files(fit, table, data, pictures=drawn)))
+    if made is not None:
+        attempts("artifacts", lambda: _log_files(client, run.id, made, attempts))
     return named is not None
 
 
