@@ -361,6 +361,14 @@ def test_a_server_that_is_not_there(ds, autolog, monkeypatch):
         ds.aimz.fit(line, **FAST)
 
 
+def test_a_fit_that_fails_without_a_server_has_its_own_error(ds, autolog, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    autolog()
+    # Warnings are errors here, and that of the tracking is not the one that comes out.
+    with pytest.raises(OptionError, match="chains"):
+        ds.aimz.fit(line, method="laplace", chains=3)
+
+
 def test_a_server_that_dies_under_a_fit(ds, mortal, mortal_experiment, autolog):
     autolog()
     alive = [True]
@@ -385,6 +393,21 @@ def test_a_server_that_dies_under_a_fit(ds, mortal, mortal_experiment, autolog):
     where = "params.model = 'deadly'"
     found = only(mortal.search(mortal_experiment, where))
     assert found["info"]["run_id"] == again.lineage["mlflow_run_id"]
+
+
+def test_a_server_that_comes_while_a_fit_runs(ds, mortal, mortal_experiment, autolog):
+    autolog()
+    mortal.kill()
+
+    def awaited(x, y=None):
+        mortal.start()
+        line(x, y)
+
+    # No warning, or it would be an error.
+    fit = ds.aimz.fit(awaited, **FAST)
+    run = only(mortal.search(mortal_experiment))
+    assert run["info"]["run_id"] == fit.lineage["mlflow_run_id"]
+    assert run["info"]["status"] == "FINISHED"
 
 
 def test_a_server_that_dies_half_way_through_the_record(ds, mortal, mortal_experiment):

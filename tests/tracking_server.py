@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 QUIET = {
@@ -80,7 +80,9 @@ class TrackingServer:
 
     def kill(self):
         if self._process is not None:
-            self.signal(signal.SIGKILL)
+            # One that did not start is gone already.
+            with suppress(ProcessLookupError):
+                self.signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
 

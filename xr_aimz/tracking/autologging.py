@@ -10,7 +10,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,9 @@ def logged() -> Iterator[Callable[[Fit], Fit]]:
     try:
         yield session.fill
     except BaseException as error:
-        session.end(error)
+        # Where warnings are errors, this one must not stand in for the fit's own.
+        with suppress(TrackingWarning):
+            session.end(error)
         raise
     session.end()
 

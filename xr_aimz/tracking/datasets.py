@@ -48,7 +48,8 @@ def described(fit: Fit) -> Described:
     outcomes = {str(name): a for name, a in fit.observed_data.items()}
     inputs = {str(name): a for name, a in fit.constant_data.items()}
     # Labels are given, whichever variables they are along.
-    inputs |= {str(d): ds[d] for ds in (fit.observed_data, fit.constant_data) for d in ds.indexes}
+    for group in (fit.observed_data, fit.constant_data):
+        inputs |= {str(d): group.coords[d] for d in group.indexes}
     variables = {name: _described(a) for name, a in {**inputs, **outcomes}.items()}
     whole = hashlib.sha256()
     for name, found in sorted(variables.items()):
