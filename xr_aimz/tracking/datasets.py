@@ -49,7 +49,7 @@ def described(fit: Fit) -> Described:
     inputs = {str(name): a for name, a in fit.constant_data.items()}
     # Labels are given, whichever variables they are along.
     for group in (fit.observed_data, fit.constant_data):
-        inputs |= {str(d): group.coords[d] for d in group.indexes}
+        inputs |= {str(d): group.coords[d] for d in group.dims if d in group.coords}
     variables = {name: _described(a) for name, a in {**inputs, **outcomes}.items()}
     whole = hashlib.sha256()
     for name, found in sorted(variables.items()):
