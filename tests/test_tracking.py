@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from dataclasses import replace
 
 import dask
 import matplotlib.pyplot as plt
@@ -15,6 +16,7 @@ import pytest
 import xarray as xr
 
 import xr_aimz
+from xr_aimz.source import told
 from xr_aimz.tracking import pictures
 from xr_aimz.tracking.curve import curves
 from xr_aimz.tracking.datasets import described
@@ -23,7 +25,6 @@ from xr_aimz.tracking.files import files
 from xr_aimz.tracking.measures import diagnosed, measures
 from xr_aimz.tracking.parameters import key, parameters, tags, text
 from xr_aimz.tracking.patience import Attempts, patience
-from xr_aimz.tracking.source import source_of
 from xr_aimz.tracking.tables import by_entry, by_variable
 
 
@@ -97,13 +98,15 @@ def test_tags_say_what_the_model_was(line):
     assert found["xr_aimz.fit"] == fit.token
     assert found["xr_aimz.version.jax"] == fit.versions["jax"]
     assert found["xr_aimz.concerns"] == "none"
-    assert found["xr_aimz.model_sha256"] == source_of(fit.model)[1]
+    assert found["xr_aimz.model_sha256"] == told(fit.model)["sha256"]
 
 
-def test_a_model_without_source_has_none():
+def test_a_model_without_source_has_no_hash_and_no_file(line):
     space = {}
     exec("def made(y=None): pass", space)
-    assert source_of(space["made"]) is None
+    fit = replace(line[1], model=space["made"])
+    assert "xr_aimz.model_sha256" not in tags(fit)
+    assert "model.py" not in dict(files(fit, None, None, pictures=False))
 
 
 def test_a_short_curve_is_whole():
@@ -233,8 +236,6 @@ def test_lazy_data_are_not_loaded_for_a_digest(tmp_path):
 
 
 def _with(fit, observed):
-    from dataclasses import replace
-
     return replace(fit, observed_data=observed)
 
 
@@ -263,7 +264,7 @@ def test_files_are_bounded_and_whole(cells):
         "requirements.txt",
     }
     assert json.loads(made["fit.json"])["per"] == ["cell"]
-    assert made["model.py"].decode() == source_of(level)[0]
+    assert made["model.py"].decode() == told(level)["source"]
     assert f"xarray=={xr.__version__}\n" in requirements()
 
 

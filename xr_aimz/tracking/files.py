@@ -10,11 +10,11 @@ import pandas as pd
 import xarray as xr
 
 from xr_aimz.posterior import Fit
+from xr_aimz.source import told
 from xr_aimz.tracking.datasets import Described
 from xr_aimz.tracking.environment import machine, requirements
 from xr_aimz.tracking.parameters import facts
 from xr_aimz.tracking.pictures import drawing
-from xr_aimz.tracking.source import source_of
 from xr_aimz.tracking.tables import by_entry, by_variable
 
 __all__ = ["files"]
@@ -37,10 +37,9 @@ def files(
     """
     yield "fit.json", lambda: _facts(fit, data)
     yield "requirements.txt", lambda: requirements().encode()
-    found = source_of(fit.model)
-    if found is not None:
-        text = found[0]
-        yield "model.py", text.encode
+    source = told(fit.model)["source"]
+    if source is not None:
+        yield "model.py", source.encode
     if table is not None:
         yield "posterior.csv", lambda: _csv(by_entry(fit.posterior, table))
         yield "posterior_variables.csv", lambda: _csv(by_variable(fit.posterior, table))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xr_aimz.posterior import Fit
-from xr_aimz.tracking.source import source_of
+from xr_aimz.source import told
 
 __all__ = ["KEY", "facts", "key", "parameters", "tags", "text"]
 
@@ -53,12 +53,12 @@ def facts(fit: Fit) -> dict[str, Any]:
 def tags(fit: Fit) -> dict[str, str]:
     """The fit's token, what speaks against it, the model's hash, and versions."""
     concerns = "not looked for" if fit.concerns is None else "; ".join(fit.concerns) or "none"
-    source = source_of(fit.model)
+    digest = told(fit.model)["sha256"]
     found = {
         "xr_aimz.fit": fit.token,
         "xr_aimz.method": fit.method,
         "xr_aimz.concerns": concerns,
-        **({} if source is None else {"xr_aimz.model_sha256": source[1]}),
+        **({} if digest is None else {"xr_aimz.model_sha256": digest}),
         **{f"xr_aimz.version.{name}": version for name, version in fit.versions.items()},
     }
     return {key(name): text(value, TAG) for name, value in found.items()}
