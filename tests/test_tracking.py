@@ -92,6 +92,15 @@ def test_text_is_cut_and_says_so():
     assert text([{"a": 1}], 20) == '[{"a": 1}]'
 
 
+def test_a_fit_that_was_saved_and_loaded_is_logged_as_it_was(line, tmp_path):
+    _, fit = line
+    fit.save(tmp_path / "fit.zarr")
+    loaded = xr_aimz.load_fit(tmp_path / "fit.zarr", fit.model)
+    assert parameters(loaded) == parameters(fit)
+    assert tags(loaded) == tags(fit)
+    assert described(loaded).digest == described(fit).digest
+
+
 def test_tags_say_what_the_model_was(line):
     _, fit = line
     found = tags(fit)
