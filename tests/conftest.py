@@ -10,6 +10,7 @@ import pytest
 import strategies
 import xarray as xr
 from hypothesis import HealthCheck, Phase, settings
+from tracking_server import TrackingServer
 
 import xr_aimz
 
@@ -45,3 +46,13 @@ def line():
     )
     assert isinstance(fit, xr_aimz.Fit)
     return ds, fit
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory):
+    """A real MLflow server on loopback, which no test may kill."""
+    server = TrackingServer(tmp_path_factory.mktemp("mlflow"))
+    try:
+        yield server.start()
+    finally:
+        server.kill()

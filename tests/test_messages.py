@@ -119,6 +119,7 @@ def test_every_class_is_a_standard_one(error):
         FileExistsError,
         OSError,
         MemoryError,
+        ModuleNotFoundError,
         UserWarning,
     )
     assert issubclass(error, standard) or error is errors.AimzError

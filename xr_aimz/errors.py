@@ -17,6 +17,7 @@ __all__ = [
     "InterventionError",
     "LabelError",
     "MemoryLimitError",
+    "MissingExtraError",
     "MissingValueError",
     "MissingVariableError",
     "ModelError",
@@ -24,6 +25,7 @@ __all__ = [
     "RandomnessError",
     "SpaceError",
     "StoreError",
+    "TrackingWarning",
     "UnitsError",
     "WriteError",
 ]
@@ -109,5 +111,13 @@ class WriteError(AimzError, OSError):
     """Writing failed on the way: mend the cause and call again; what is written stays."""
 
 
+class MissingExtraError(AimzError, ModuleNotFoundError):
+    """A package that only some need is not installed: install the extra."""
+
+
 class ConvergenceWarning(UserWarning):
     """A fit's own diagnostics say that it should not be trusted."""
+
+
+class TrackingWarning(UserWarning):
+    """A fit is whole, and what a tracking server has of it is not: log it again."""

@@ -34,9 +34,11 @@ from xr_aimz.missing import masked, prepare
 from xr_aimz.options import shows_progress
 from xr_aimz.per_cell import Memory, Shelf, fit_cells, plan_cells
 from xr_aimz.posterior import Fit
+from xr_aimz.record import options_of, versions
 from xr_aimz.shelf import Stored
+from xr_aimz.watch import watched
 
-__all__ = ["fit"]
+__all__ = ["fit", "for_masked", "problem_of"]
 
 Infer = Callable[[Problem], Draws]
 
@@ -190,37 +192,51 @@ def fit(
     given |= {"patience": patience, "checkpoint": checkpoint}
     asked = {name: value for name, value in given.items() if value is not None}
     bound_to = partial(bind, ds, model, variables, dim=dim, core_dim=core_dim, layout=layout)
-    shown = shows_progress(progress)
-    if per:
-        in_cell = cell_inference(model, method, asked)
-        return _looked_at(_fit_cells(bound_to(per=per), in_cell, seed, store, shown))
-    if store is not None:
-        raise OptionError(f"store={str(store)!r} goes with per=; other fits are kept in memory")
-    by = partial(inference, asked=asked, seed=seed, progress=shown)
-    infer = by(model, method)
-    return _looked_at(_fit_whole(bound_to(), method, by, infer, batch))
+    with watched() as told:
+        if per:
+            in_cell = cell_inference(model, method, asked)
+            found = _fit_cells(bound_to(per=per), in_cell, seed, store, shows_progress(progress))
+            return told(_looked_at(_recorded(found, method, asked, seed)))
+        if store is not None:
+            raise OptionError(f"store={str(store)!r} goes with per=; other fits are in memory")
+        by = partial(inference, asked=asked, seed=seed, progress=shows_progress(progress))
+        infer = by(model, method)
+        found = _fit_whole(bound_to(), method, by, infer, batch)
+        return told(_looked_at(_recorded(found, method, asked, seed)))
 
 
 def _fit_whole(
     bound: Bound, method: Any, by: Callable[[Callable, Any], Infer], infer: Infer, batch: Any
 ) -> Fit:
     """One fit of all the data, ``by`` a method on a model: a masked one where data are missing."""
-    shown, streamed = bound.inputs, batch is not None
-    if streamed:
+    if batch is not None:
         batch_sizes(batch, bound.binding, bound.inputs)
-        # Nothing else is loaded here: what shows how the model takes missing values.
-        shown = sample_with_gaps(bound.binding, bound.inputs)
+    problem, arrays = problem_of(bound, streamed=batch is not None)
+    if problem.model is not bound.model:
+        infer = by(problem.model, for_masked(method, bound, problem.model))
+    return labelled(bound, infer(problem), arrays)
+
+
+def problem_of(bound: Bound, *, streamed: bool) -> tuple[Problem, Mapping[str, jax.Array]]:
+    """What an inference is given, and the arrays that were loaded for it.
+
+    Of data that are ``streamed`` nothing stays loaded but what shows how the model takes
+    missing values.
+    """
+    shown = sample_with_gaps(bound.binding, bound.inputs) if streamed else bound.inputs
     check_fits(bound.binding, shown.arrays)
     arrays = _load(bound.binding, shown)
     model = _without_gaps(bound, shown, arrays)
-    if model is not bound.model:
-        wrap = partial(masked, binding=bound.binding, sites=bound.sites)
-        infer = by(model, on_model(method, bound.model, model, wrap))
     whole = {} if streamed else arrays
     block = block_of(bound.binding, bound.inputs.sizes)
     arguments = arrange(bound.binding, whole, bound.inputs.dims, block)
-    problem = Problem(model, arguments, block, bound.sites, bound.binding, bound.inputs)
-    return labelled(bound, infer(problem), whole)
+    return Problem(model, arguments, block, bound.sites, bound.binding, bound.inputs), whole
+
+
+def for_masked(method: Any, bound: Bound, model: Callable) -> Any:
+    """``method=`` for a model that leaves missing values out."""
+    wrap = partial(masked, binding=bound.binding, sites=bound.sites)
+    return on_model(method, bound.model, model, wrap)
 
 
 def _fit_cells(bound: Bound, method: CellMethod, seed: int, store: Any, progress: bool) -> Fit:
@@ -251,6 +267,12 @@ def _load(binding: Binding, inputs: Inputs) -> dict[str, jax.Array]:
     for key, number in zip(inputs.arrays, numbered, strict=True):
         arrays[key] = jnp.asarray(to_device_dtype(names[key], loaded[number].values))
     return arrays
+
+
+def _recorded(fitted: Fit, method: Any, asked: Mapping[str, Any], seed: int) -> Fit:
+    """The fit with how it was made."""
+    options = options_of(fitted.binding, method, asked, seed)
+    return replace(fitted, options=options, versions=versions())
 
 
 def _looked_at(fitted: Fit) -> Fit:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -62,6 +62,13 @@ class Fit:
     state : mapping of name to array
         What ``init=fit`` goes on from: parameters, the optimizer's state, the random key and
         the place in the epoch. Empty where a method cannot go on.
+    options : mapping of name to what JSON can hold
+        How the fit was made, as given and as defaulted: method, draws, steps, seed and so on.
+    versions : mapping of package to version
+        What the fit was made with.
+    lineage : mapping of str to str
+        What every result of this fit carries in its attrs, beside ``aimz_fit`` (the token),
+        ``aimz_seed`` and ``aimz_versions``.
     """
 
     model: Callable
@@ -78,6 +85,9 @@ class Fit:
     concerns: tuple[str, ...] | None = None
     more: Callable[[int, int], Fit] | None = field(default=None, repr=False)
     state: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    versions: Mapping[str, str] = field(default_factory=dict, repr=False)
+    lineage: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @cached_property
     def token(self) -> str:
@@ -130,7 +140,46 @@ class Fit:
                 f"there is nothing to draw from: this fit holds {self.method}, and neither a "
                 "guide nor chains. Call sample() on what ds.aimz.fit(...) returned"
             )
-        return self.more(draws, seed)
+        further = {"draws": draws, "seed": seed, "sampled_from": self.token}
+        options = {**self.options, **further}
+        found = self.more(draws, seed)
+        return replace(found, options=options, versions=self.versions, lineage=self.lineage)
+
+    def save(self, store: Any, *, mode: str = "w-") -> None:
+        """Write the fit into a Zarr store, from which :func:`xr_aimz.load_fit` makes it again.
+
+        One store: the groups of ArviZ's schema, which any reader of Zarr opens, and one JSON
+        spec. Nothing is pickled; the model itself is not kept, only where it comes from and
+        its source, as text. See the page on the format.
+
+        Parameters
+        ----------
+        store : path, URL or Zarr store
+            As :func:`xr_aimz.to_zarr` takes it.
+        mode : {"w-", "w"}
+            ``"w-"`` refuses what exists, other than a save that was cut short; ``"w"``
+            replaces it.
+
+        Raises
+        ------
+        StoreError
+            The store exists; or something cannot be kept without code, such as a constant of
+            the model that is neither number, string nor array. Nothing was written.
+        WriteError
+            Writing failed on the way; what is there is not taken for whole.
+
+        Notes
+        -----
+        The data that the fit was made on are kept with it. What is lazy is computed and
+        written block by block.
+
+        Examples
+        --------
+        >>> fit.save("fit.zarr")  # doctest: +SKIP
+        """
+        from xr_aimz.saving import save
+
+        save(self, store, mode=mode)
 
     def diagnostics(self) -> xr.Dataset:
         """R-hat, bulk and tail effective sample size of each variable, and divergences.
