@@ -8,7 +8,6 @@ import cftime
 import numpy as np
 import pytest
 import xarray as xr
-from zarr.storage import ZipStore
 
 import xr_aimz
 
@@ -52,11 +51,3 @@ def test_its_labels_are_what_they_were(fit):
     assert fit.binding.constants == {"power": 1}
     assert fit.options["seed"] == 3
     assert fit.options["draws"] == 10
-
-
-def test_a_store_object_serves_as_well(fit):
-    from first_model import rivers
-
-    with ZipStore(DATA / "fit-format-1.zip", mode="r") as store:
-        again = xr_aimz.load_fit(store, rivers)
-    assert again.token == fit.token

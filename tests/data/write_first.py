@@ -24,7 +24,7 @@ ds = xr.Dataset(
         "rain": (("time", "site"), rain, {"units": "mm"}),
         "flow": (
             ("time", "site"),
-            rain + [1, 2, 3],
+            rain + np.arange(1, 4),
             {"units": "m3 s-1", "long_name": "discharge"},
         ),
     },
