@@ -12,7 +12,7 @@ import xarray as xr
 
 from xr_aimz.binding import LAYOUTS, Argument, Binding, Source
 from xr_aimz.bound import Bound
-from xr_aimz.errors import StoreError
+from xr_aimz.errors import DamagedStoreError
 from xr_aimz.further import Kept, Origin
 from xr_aimz.inputs import Inputs
 from xr_aimz.model import Plate, Site
@@ -25,6 +25,17 @@ from xr_aimz.storable import restored
 from xr_aimz.verified import Vault
 
 __all__ = ["load_fit"]
+
+# What reading something else than a spec as one comes to.
+_NOT_A_SPEC = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 def load_fit(
@@ -56,9 +67,11 @@ def load_fit(
 
     Raises
     ------
-    StoreError
-        The store is not whole, was changed or damaged, or has something in it that no fit has:
-        the message says what and where.
+    IncompleteStoreError
+        There is no store, or it was not written to its end.
+    DamagedStoreError
+        The store was changed or damaged, or has something in it that no fit has: the message
+        says what and where.
     ModelError
         No model is given, or its source is not that of the fit.
 
@@ -69,7 +82,7 @@ def load_fit(
     """
     vault = Vault.opened(store)
     if vault.spec.get("format") != FORMAT:
-        raise StoreError(
+        raise DamagedStoreError(
             f"{vault.name} has format {vault.spec.get('format')!r}; this version reads {FORMAT}"
         )
     vault.verify()
@@ -78,15 +91,19 @@ def load_fit(
         fields = _fields(vault.spec, reader)
         further = vault.spec["further"]
         kept = None if further is None else _kept(further, fields, reader)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise StoreError(
+        told, token = vault.spec["model"], str(vault.spec["token"])
+        known = {name: told[name] for name in ("name", "path", "sha256")}
+    except DamagedStoreError:
+        raise
+    except _NOT_A_SPEC as error:
+        raise DamagedStoreError(
             f"{vault.name}: the spec is none that a fit has ({type(error).__name__}: {error})"
         ) from error
     # Last: nothing is imported before all else was found to be as it was written.
-    found = found_again(vault.spec["model"], model, trust_import)
+    found = found_again(known, model, trust_import)
     fit = Fit(model=found, **fields)
-    if fit.token != vault.spec["token"]:
-        raise StoreError(f"{vault.name}: the draws are not those of the fit {fit.token!r}")
+    if fit.token != token:
+        raise DamagedStoreError(f"{vault.name}: the draws are not those of the fit {fit.token!r}")
     more = _more(fit, further is not None, kept, method, trust_import)
     return replace(fit, more=more)
 
