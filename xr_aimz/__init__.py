@@ -80,6 +80,9 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
+    if name == "mlflow":
+        # An extra, and so in no list of names: all of them are there without it.
+        return import_module("xr_aimz.mlflow")
     if name not in _ROOMS:
         raise AttributeError(f"module 'xr_aimz' has no attribute {name!r}")
     return getattr(import_module(f"xr_aimz.{_ROOMS[name]}"), name)

@@ -17,6 +17,7 @@ __all__ = [
     "InterventionError",
     "LabelError",
     "MemoryLimitError",
+    "MissingExtraError",
     "MissingValueError",
     "MissingVariableError",
     "ModelError",
@@ -107,6 +108,10 @@ class SpaceError(AimzError, OSError):
 
 class WriteError(AimzError, OSError):
     """Writing failed on the way: mend the cause and call again; what is written stays."""
+
+
+class MissingExtraError(AimzError, ModuleNotFoundError):
+    """A package that only some need is not installed: install the extra."""
 
 
 class ConvergenceWarning(UserWarning):

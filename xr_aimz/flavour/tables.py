@@ -14,7 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from xr_aimz.errors import DimensionError, MissingVariableError
-from xr_aimz.flavour.cells import labels_like, values_like
+from xr_aimz.flavour.typed import labels_like, values_like
 from xr_aimz.flavour.columns import Columns, Variable
 from xr_aimz.flavour.pieces import Piece, pieces
 
