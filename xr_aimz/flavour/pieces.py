@@ -99,7 +99,7 @@ def _check_distinct(table: pd.DataFrame, labels: dict[str, pd.Index]) -> None:
     if twice.any():
         first = int(np.flatnonzero(twice)[0])
         same = (table == table.iloc[first]).all(axis=1).to_numpy()
-        shown = {dim: own[first] for dim, own in labels.items()}
+        shown = {dim: own[[first]].tolist()[0] for dim, own in labels.items()}
         raise LabelError(
             f"rows {np.flatnonzero(same)[:3].tolist()!r} have the same labels, {shown!r}: a draw is "
             "addressed by them, so two rows would be one cell. Drop one, or give one a label of "

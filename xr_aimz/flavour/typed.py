@@ -50,8 +50,8 @@ def labels_like(column: str, values: pd.Series, like: pd.Index | None) -> pd.Ind
     found = _converted(column, values, like)
     if found is None:
         raise LabelError(
-            f"column {column!r} holds {values.iloc[0]!r} ({values.dtype}), and the labels of "
-            f"{column!r} were {_named(like)} at the fit, such as {like[0]!r}; give those"
+            f"column {column!r} holds {values.tolist()[0]!r} ({values.dtype}), and the labels of "
+            f"{column!r} were {_named(like)} at the fit, such as {like.tolist()[0]!r}; give those"
         )
     return found
 
@@ -112,7 +112,8 @@ def _times(column: str, values: pd.Series, like: pd.Index) -> pd.Index | None:
         # 2005: a year, or nanoseconds since 1970?
         return None
     try:
-        read: Any = pd.to_datetime(values.tolist()) if dates else pd.to_timedelta(values.tolist())
+        given = values.tolist()
+        read: Any = pd.to_datetime(given, format="ISO8601") if dates else pd.to_timedelta(given)
     except (ValueError, TypeError):
         return None
     if dates and read.tz is not None:
@@ -128,8 +129,8 @@ def _cftime(column: str, values: pd.Series, one: Any) -> pd.Index | None:
         return pd.Index(values.tolist())
     made = []
     for value in values:
-        text = value.isoformat() if hasattr(value, "isoformat") else value
-        match = _DATE.fullmatch(text) if isinstance(text, str) else None
+        # Dates of another calendar are other days.
+        match = _DATE.fullmatch(value) if isinstance(value, str) else None
         if match is None:
             return None
         numbers = [int(n or 0) for n in match.groups()[:-1]]
@@ -138,7 +139,7 @@ def _cftime(column: str, values: pd.Series, one: Any) -> pd.Index | None:
             made.append(_date(one, numbers, int(fraction)))
         except ValueError as error:
             raise LabelError(
-                f"column {column!r} holds {text!r}, and there is no such day in the calendar "
+                f"column {column!r} holds {value!r}, and there is no such day in the calendar "
                 f"{one.calendar!r} of the fit: {error}"
             ) from None
     return pd.Index(made)
@@ -181,7 +182,7 @@ def values_like(column: str, values: pd.Series, dtype: np.dtype | None) -> np.nd
     other = np.flatnonzero(kept != numbers)
     if len(other):
         raise DtypeError(
-            f"column {column!r} holds {numbers[other[0]]!r} in row {int(other[0])}; it was "
+            f"column {column!r} holds {numbers[other[0]].item()!r} in row {int(other[0])}; it was "
             f"{dtype} at the fit, which has no such value: convert the column"
         )
     return kept
