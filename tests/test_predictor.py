@@ -152,7 +152,7 @@ def test_scenarios_are_columns(grid, predictor, table):
 
 def test_sites_and_new_labels_are_asked_for_as_in_predict(grid, predictor, table):
     new = table[table.site == "b"].head(3).assign(site="somewhere")
-    with pytest.raises(errors.LabelError, match="'rate'.*'somewhere'"):
+    with pytest.raises(errors.LabelError, match=r"'rate'.*'somewhere'"):
         predictor.predict(new)
     answer = predictor.predict(new, {"new_labels": "sample", "sites": ["melt"]})
     assert {c.partition("_")[0] for c in answer} == {"melt"}
@@ -363,7 +363,9 @@ def test_series_of_a_core_dim_are_answered_whole(series):
     pred = expected(series, fit, table)
     assert_answers(Predictor(fit).predict(table), pred, "y")
     some = table[table.site != "b"]
-    assert_answers(Predictor(fit).predict(some), pred.isel(row=(table.site != "b").to_numpy()), "y")
+    assert_answers(
+        Predictor(fit).predict(some), pred.isel(row=(table.site != "b").to_numpy()), "y"
+    )
 
 
 def test_a_model_that_couples_rows_is_refused(series):

@@ -17,8 +17,9 @@ except ModuleNotFoundError as error:
 
 from xr_aimz.flavour.environment import get_default_conda_env, get_default_pip_requirements
 from xr_aimz.flavour.example import input_example
-from xr_aimz.flavour.models import load_model, log_model, save_model
-from xr_aimz.flavour.models import load_pyfunc as _load_pyfunc  # noqa: F401 (MLflow calls it)
+from xr_aimz.flavour.loaded import load_model
+from xr_aimz.flavour.loaded import load_pyfunc as _load_pyfunc  # noqa: F401 (MLflow calls it)
+from xr_aimz.flavour.models import log_model, save_model
 from xr_aimz.flavour.signature import infer_signature
 
 __all__ = [

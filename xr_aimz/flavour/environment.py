@@ -37,48 +37,33 @@ _TRUSTED = {"MLFLOW_PYFUNC_INFERENCE_CONFIG": '{"trust_import": true}'}
 
 @dataclass(frozen=True)
 class Environment:
-    """What the caller says of it; MLflow's own words, of which some exclude others."""
+    """What the caller says of it, in MLflow's words, of which some exclude others."""
 
     conda_env: Mapping[str, Any] | str | None = None
     pip_requirements: Iterable[str] | str | None = None
     extra_pip_requirements: Iterable[str] | str | None = None
 
     def __post_init__(self) -> None:
-        _validate_env_arguments(
-            self.conda_env, self.pip_requirements, self.extra_pip_requirements
-        )
+        _validate_env_arguments(self.conda_env, self.pip_requirements, self.extra_pip_requirements)
 
 
-def get_default_pip_requirements(*, cloudpickle: bool = False) -> list[str]:
+def get_default_pip_requirements() -> list[str]:
     """The requirements of a fit that is served: this package and what it computes with, pinned.
-
-    Parameters
-    ----------
-    cloudpickle : bool
-        Whether the model is pickled.
 
     Examples
     --------
     >>> get_default_pip_requirements()  # doctest: +SKIP
     ['xr_aimz==0.1.0', 'dask==2026.3.0', ...]
     """
-    names = (*_PINNED, "cloudpickle") if cloudpickle else _PINNED
-    return [_get_pinned_requirement(name) for name in names]
+    return [_get_pinned_requirement(name) for name in _PINNED]
 
 
-def get_default_conda_env(*, cloudpickle: bool = False) -> dict[str, Any]:
-    """The same as a Conda environment.
-
-    Parameters
-    ----------
-    cloudpickle : bool
-        Whether the model is pickled.
-    """
-    pinned = get_default_pip_requirements(cloudpickle=cloudpickle)
-    return _mlflow_conda_env(additional_pip_deps=pinned)
+def get_default_conda_env() -> dict[str, Any]:
+    """The same as :func:`get_default_pip_requirements`, as a Conda environment."""
+    return _mlflow_conda_env(additional_pip_deps=get_default_pip_requirements())
 
 
-def write_environment(path: Path, given: Environment, flavour: str, *, cloudpickle: bool) -> None:
+def write_environment(path: Path, given: Environment, flavour: str) -> None:
     """Write the files of the environment into a model's folder, whose MLmodel is there already.
 
     Where nothing is said, a process of its own loads the model, as MLflow does for its own
@@ -89,15 +74,13 @@ def write_environment(path: Path, given: Environment, flavour: str, *, cloudpick
     path : Path
     given : Environment
     flavour : str
-    cloudpickle : bool
-        Whether the model is pickled.
     """
     if given.conda_env is not None:
         conda, pip, constraints = _process_conda_env(given.conda_env)
     else:
         default = None
         if given.pip_requirements is None:
-            pinned = get_default_pip_requirements(cloudpickle=cloudpickle)
+            pinned = get_default_pip_requirements()
             # The saver's own code, in a process of the saver's own: it was imported here too.
             inferred = mlflow.models.infer_pip_requirements(
                 str(path), flavour, fallback=pinned, extra_env_vars=_TRUSTED

@@ -36,7 +36,9 @@ def input_example(fit: Fit, rows: int = 5) -> pd.DataFrame:
     columns = columns_of(fit)
     places = _first_cells({d: _size(fit, d) for d in columns.dims}, columns, rows)
     table: dict[str, Any] = {
-        label.dim: places[label.dim] if label.like is None else _written(label.like[places[label.dim]])
+        label.dim: places[label.dim]
+        if label.like is None
+        else _written(label.like[places[label.dim]])
         for label in columns.labels
         if label.required
     }

@@ -1,30 +1,24 @@
-"""A fit as an MLflow model: saved, logged and registered, loaded, served.
+"""A fit as an MLflow model: saved, logged and registered.
 
-The folder holds ``fit/fit.zarr``, what ``fit.save`` writes, and MLflow's own files. Nothing in
-it is a pickle unless that is asked for. The model is code, and code is imported only where
-whoever loads says so: docs/decisions/serving.md.
+The folder holds ``fit.zarr``, what ``fit.save`` writes, and MLflow's own files. Nothing in it
+is a pickle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient, pyfunc
-from mlflow.environment_variables import MLFLOW_ALLOW_PICKLE_DESERIALIZATION
 from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.models.utils import _save_example
 from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
-from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import (
-    _add_code_from_conf_to_system_path,
     _copy_extra_files,
-    _get_flavor_configuration,
     _validate_and_copy_code_paths,
     _validate_and_prepare_target_save_path,
 )
@@ -32,39 +26,23 @@ from mlflow.utils.model_utils import (
 from xr_aimz.errors import ModelError, OptionError
 from xr_aimz.flavour.environment import FILES, Environment, write_environment
 from xr_aimz.flavour.example import input_example as example_of
-from xr_aimz.flavour.predictor import Predictor
+from xr_aimz.flavour.layout import FLAVOUR, LOADER, STORE, TRUST
 from xr_aimz.flavour.signature import infer_signature
 from xr_aimz.posterior import Fit
-from xr_aimz.saving import load_fit, save
+from xr_aimz.saving import save
+from xr_aimz.source import told
 
-__all__ = ["load_model", "load_pyfunc", "log_model", "save_model"]
-
-FLAVOUR = "xr_aimz"
-_LOADER = "xr_aimz.mlflow"
-_FOLDER = "fit"
-_STORE = "fit.zarr"
-_PICKLE = "model.pkl"
-_TRUST = "trust_import"
+__all__ = ["log_model", "save_model"]
 
 
-@dataclass(frozen=True)
-class _Code:
-    """How a process that loads the model is to come by it."""
-
-    trust_import: bool
-    pickled: bool
-    paths: list[str] | None
-
-    def check(self, model: Callable) -> None:
-        """Refuse what no other process could import."""
-        where, name = getattr(model, "__module__", None), getattr(model, "__qualname__", "")
-        importable = where not in (None, "__main__") and "<" not in name and name
-        if self.trust_import and not self.pickled and not importable:
-            raise ModelError(
-                f"trust_import=True, and the model {name or model!r} of module {where!r} cannot be "
-                "imported elsewhere. Define it at the top of a module, and give that: "
-                "code_paths=['my_models.py']; or ask for a pickle: pickle_model=True"
-            )
+def _check_importable(model: Callable) -> None:
+    """Refuse to promise an import that no other process could make."""
+    if told(model)["path"] is None:
+        raise ModelError(
+            f"trust_import=True, and the model {model!r} cannot be imported elsewhere: it is in "
+            "__main__ or a notebook, within a function, or no function. Define it at the top of a "
+            "module, and give that: code_paths=['my_models.py']"
+        )
 
 
 def save_model(
@@ -72,7 +50,6 @@ def save_model(
     path: str | Path,
     *,
     trust_import: bool = False,
-    pickle_model: bool = False,
     defaults: Mapping[str, Any] | None = None,
     signature: Any = None,
     input_example: Any = None,
@@ -95,8 +72,6 @@ def save_model(
         What is written down for processes that *serve* the model: whether they may import its
         code. They can be told otherwise, ``MLFLOW_PYFUNC_INFERENCE_CONFIG='{"trust_import":
         false}'``. :func:`load_model` does not look at it.
-    pickle_model : bool, default False
-        Keep the model's function as a pickle of cloudpickle, for one that is in no module.
     defaults : mapping, optional
         Defaults of a request's parameters: ``{"quantiles": [0.1, 0.9], "draws": 200}``.
     signature : ModelSignature or False, optional
@@ -124,8 +99,8 @@ def save_model(
     >>> xr_aimz.mlflow.load_model("melt", model=melting)  # doctest: +SKIP
     """
     environment = Environment(conda_env, pip_requirements, extra_pip_requirements)
-    code = _Code(trust_import, pickle_model, code_paths)
-    code.check(fit.model)
+    if trust_import:
+        _check_importable(fit.model)
     folder = Path(path).absolute()
     described = mlflow_model or Model()
     _describe(described, fit, defaults, signature)
@@ -134,10 +109,13 @@ def save_model(
     _validate_and_prepare_target_save_path(str(folder))
     example = example_of(fit) if input_example is None else input_example
     _save_example(described, None if example is False else example, str(folder))
-    _write_fit(fit, folder / _FOLDER, pickle_model)
-    _add_flavours(described, folder, code, extra_files)
+    save(fit, folder / STORE)
+    copied = _validate_and_copy_code_paths(code_paths, str(folder))
+    _add_flavours(described, copied, trust_import, _copy_extra_files(extra_files, str(folder)))
+    if size := get_total_file_size(str(folder)):
+        described.model_size_bytes = size
     described.save(str(folder / MLMODEL_FILE_NAME))
-    write_environment(folder, environment, FLAVOUR, cloudpickle=pickle_model)
+    write_environment(folder, environment, FLAVOUR)
 
 
 def _describe(
@@ -154,35 +132,21 @@ def _describe(
         described.signature = signature
 
 
-def _write_fit(fit: Fit, folder: Path, pickle_model: bool) -> None:
-    folder.mkdir()
-    save(fit, folder / _STORE)
-    if pickle_model:
-        import cloudpickle
-
-        (folder / _PICKLE).write_bytes(cloudpickle.dumps(fit.model))
-
-
 def _add_flavours(
-    described: Model, folder: Path, code: _Code, extra_files: list[Any] | None
+    described: Model, code: str | None, trust_import: bool, extra: Mapping[str, Any]
 ) -> None:
-    copied = _validate_and_copy_code_paths(code.paths, str(folder))
-    extra = _copy_extra_files(extra_files, str(folder))
     pyfunc.add_to_model(
         described,
-        loader_module=_LOADER,
-        data=_FOLDER,
-        code=copied,
+        loader_module=LOADER,
+        data=STORE,
+        code=code,
         # There whatever it says, so that whoever serves the model can say otherwise.
-        model_config={_TRUST: code.trust_import},
+        model_config={TRUST: trust_import},
         **FILES,
     )
-    pickled = {"pickled_model": f"{_FOLDER}/{_PICKLE}"} if code.pickled else {}
     described.add_flavor(
-        FLAVOUR, xr_aimz_version=version("xr_aimz"), data=_FOLDER, code=copied, **pickled, **extra
+        FLAVOUR, xr_aimz_version=version("xr_aimz"), data=STORE, code=code, **extra
     )
-    if size := get_total_file_size(str(folder)):
-        described.model_size_bytes = size
 
 
 def log_model(
@@ -265,80 +229,3 @@ class _Saver:
 
     def save_model(self, *, validate_serving_input: bool, **saving: Any) -> None:
         save_model(**saving)
-
-
-def load_model(
-    model_uri: str | Path,
-    model: Callable | None = None,
-    *,
-    trust_import: bool = False,
-    dst_path: str | None = None,
-) -> Fit:
-    """The fit behind an MLflow model.
-
-    Parameters
-    ----------
-    model_uri : str
-        ``models:/melt@champion``, ``runs:/<run_id>/model``, a folder, as MLflow takes it.
-    model : callable, optional
-        The NumPyro model. No code of the saved one is then imported.
-    trust_import : bool, default False
-        Import the model from where it was defined, or from the code saved with it; or read its
-        pickle, if one was asked for. This runs code of whoever saved it. What the saved model
-        says of trust is not looked at.
-    dst_path : str, optional
-        A folder to download to.
-
-    Returns
-    -------
-    Fit
-        Which predicts as before, with the run that logged it in its lineage.
-
-    Raises
-    ------
-    ModelError
-        As :func:`xr_aimz.load_fit` does.
-
-    Examples
-    --------
-    >>> fit = xr_aimz.mlflow.load_model("models:/melt@champion", melting)  # doctest: +SKIP
-    >>> ds.aimz.predict(fit)  # doctest: +SKIP
-    """
-    folder = Path(_download_artifact_from_uri(str(model_uri), output_path=dst_path))
-    flavour = _get_flavor_configuration(str(folder), FLAVOUR)
-    if trust_import and model is None:
-        # Which puts a folder of the saver's before all others: not without trust.
-        _add_code_from_conf_to_system_path(str(folder), flavour)
-    fit = _loaded(folder / _FOLDER, model, trust_import)
-    run = Model.load(str(folder)).run_id
-    return fit if run is None else replace(fit, lineage={"mlflow_run_id": run, **fit.lineage})
-
-
-def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Predictor:
-    """What ``mlflow.pyfunc.load_model`` calls; ``model_config`` says whether code is trusted."""
-    if not (model_config or {}).get(_TRUST, False):
-        raise ModelError(
-            "this model was saved without trust_import=True, and serving it imports its code. If "
-            "you trust whoever saved it, say so: mlflow.pyfunc.load_model(uri, model_config="
-            "{'trust_import': True}), or for a server the environment variable "
-            "MLFLOW_PYFUNC_INFERENCE_CONFIG='{\"trust_import\": true}'"
-        )
-    return Predictor(_loaded(Path(path), None, True))
-
-
-def _loaded(folder: Path, model: Callable | None, trust_import: bool) -> Fit:
-    pickled = folder / _PICKLE
-    if model is None and trust_import and pickled.exists():
-        model = _unpickled(pickled)
-    return load_fit(folder / _STORE, model, trust_import=trust_import)
-
-
-def _unpickled(path: Path) -> Callable:
-    if not MLFLOW_ALLOW_PICKLE_DESERIALIZATION.get():
-        raise ModelError(
-            "the model is a pickle, and MLFLOW_ALLOW_PICKLE_DESERIALIZATION is false; give the "
-            "model itself: load_model(uri, model=...)"
-        )
-    import cloudpickle
-
-    return cloudpickle.loads(path.read_bytes())

@@ -101,9 +101,9 @@ def _check_distinct(table: pd.DataFrame, labels: dict[str, pd.Index]) -> None:
         same = (table == table.iloc[first]).all(axis=1).to_numpy()
         shown = {dim: own[[first]].tolist()[0] for dim, own in labels.items()}
         raise LabelError(
-            f"rows {np.flatnonzero(same)[:3].tolist()!r} have the same labels, {shown!r}: a draw is "
-            "addressed by them, so two rows would be one cell. Drop one, or give one a label of "
-            "its own"
+            f"rows {np.flatnonzero(same)[:3].tolist()!r} have the same labels, {shown!r}: a draw "
+            "is addressed by them, so two rows would be one cell. Drop one, or give one a label "
+            "of its own"
         )
 
 
@@ -122,8 +122,8 @@ def _together(table: pd.DataFrame, core_dims: Sequence[str]) -> Iterator[np.ndar
         if prod(len(np.unique(c)) for c in own.T) != len(rows):
             raise LabelError(
                 f"rows {rows[:3].tolist()!r} and {len(rows) - min(len(rows), 3)} more have labels "
-                f"of core_dim {list(core_dims)!r} that make no whole grid; the model couples them, "
-                "so give all of them"
+                f"of core_dim {list(core_dims)!r} that make no whole grid; the model couples "
+                "them, so give all of them"
             )
         alike.setdefault(own[np.lexsort(own.T)].tobytes(), []).append(rows)
     for group in alike.values():

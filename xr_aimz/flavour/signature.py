@@ -82,13 +82,13 @@ def _plain(default: Any) -> Any:
 
 
 def _inputs(columns: Columns) -> list[ColSpec]:
-    labels = [
-        ColSpec(_label_type(c.like), c.dim, required=c.required)
-        for c in columns.labels
-    ]
+    labels = [ColSpec(_label_type(c.like), c.dim, required=c.required) for c in columns.labels]
     values = [
-        ColSpec(_TYPES.get("f" if v.dtype is None else v.dtype.kind, DataType.double), name,
-                required=not v.held)
+        ColSpec(
+            _TYPES.get("f" if v.dtype is None else v.dtype.kind, DataType.double),
+            name,
+            required=not v.held,
+        )
         for v in columns.variables
         for name in v.columns
     ]

@@ -14,9 +14,9 @@ import pandas as pd
 import xarray as xr
 
 from xr_aimz.errors import DimensionError, MissingVariableError
-from xr_aimz.flavour.typed import labels_like, values_like
 from xr_aimz.flavour.columns import Columns, Variable
 from xr_aimz.flavour.pieces import Piece, pieces
+from xr_aimz.flavour.typed import labels_like, values_like
 
 __all__ = ["datasets"]
 
@@ -61,7 +61,9 @@ def datasets(
     }
     unlabelled = {c.dim for c in columns.labels if c.dim not in table}
     for piece in pieces(labels, columns.labels, columns.core_dims):
-        made = {v.name: _variable(v, values, piece) for v in columns.variables if _given(v, values)}
+        made = {
+            v.name: _variable(v, values, piece) for v in columns.variables if _given(v, values)
+        }
         coords = {d: own for d, own in piece.labels.items() if d not in unlabelled}
         yield piece, xr.Dataset({**shared, **made}, coords=coords)
 
@@ -116,19 +118,15 @@ def _on_grid(
     grid = np.full(shape, values[0], values.dtype)
     at = tuple(piece.places[d] for d in variable.dims)
     grid[at] = values
-    other = np.flatnonzero(~((grid[at] == values) | ((values != values) & (grid[at] != grid[at]))))
+    there = np.broadcast_to(grid[at], values.shape)
+    other = np.flatnonzero(~((there == values) | (np.isnan(values) & np.isnan(there))))
     if len(other):
         row = other[0]
         where = {d: piece.labels[d][piece.places[d][row]] for d in variable.dims}
         raise DimensionError(
-            f"column {column!r} has the values {values[row].item()!r} and {_at(grid, at, row)!r} "
+            f"column {column!r} has the values {values[row].item()!r} and {there[row].item()!r} "
             f"in rows with {where!r}, where the fit had one: {variable.name!r} had dims "
             f"{variable.dims!r} there. Give those rows one value, or fit with the other "
             "dimensions too"
         )
     return grid
-
-
-def _at(grid: np.ndarray, at: tuple[np.ndarray, ...], row: int) -> float:
-    value = grid[tuple(a[row] for a in at)] if at else grid
-    return value.item()

@@ -41,7 +41,8 @@ def labels_like(column: str, values: pd.Series, like: pd.Index | None) -> pd.Ind
     empty = np.flatnonzero(values.isna().to_numpy())
     if len(empty):
         raise LabelError(
-            f"column {column!r} has no label in rows {empty[:_SHOWN].tolist()!r}; give each row one"
+            f"column {column!r} has no label in rows {empty[:_SHOWN].tolist()!r}; give each row "
+            "one"
         )
     if like is None:
         return pd.Index(values.to_numpy() if values.dtype != object else values.tolist())
