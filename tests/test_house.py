@@ -40,6 +40,8 @@ ROOMS = (
     "guard",
     "cell_diagnostics",
     "posterior",
+    "record",
+    "lineage",
     "batches",
     "stream",
     "checkpoint",
@@ -105,7 +107,7 @@ HOMES = {
     "mlflow": {"mlflow"},
     "matplotlib": {"plot", "demo"},
     "distributed": set(),
-    "importlib": {"__init__"},
+    "importlib": {"__init__", "record"},
 }
 # What rooms must not see.
 BLIND = (

@@ -93,7 +93,9 @@ def test_what_comes_out_is_labelled_as_what_went_in(data):
         assert pred[name].dtype == (jnp.result_type(int) if of_ints else INEXACT)
         assert pred[name].notnull().all()
     for result in (pred, density):
-        assert {k: v for k, v in result.attrs.items() if k != "history"} == {
+        assert result.attrs["aimz_fit"] == fit.token
+        own = ("history", "aimz_fit", "aimz_seed", "aimz_versions")
+        assert {k: v for k, v in result.attrs.items() if k not in own} == {
             k: v for k, v in ds.attrs.items() if k != "history"
         }
         lines = result.attrs["history"].splitlines()

@@ -17,6 +17,7 @@ import xarray as xr
 
 from xr_aimz.errors import OptionError
 from xr_aimz.given import Condition
+from xr_aimz.lineage import traced_to
 from xr_aimz.posterior import Fit
 from xr_aimz.predict import Question, answered, asked, attrs_of
 from xr_aimz.unseen import check_draws
@@ -120,7 +121,7 @@ def intervene(
     attrs = attrs_of(wanted)
     if how.function is not None:
         attrs = {name: how.attrs(name, old, on) for name, old in attrs.items()}
-    return answered(ds, wanted, attrs, f"intervene ({how.name})")
+    return traced_to(fit, answered(ds, wanted, attrs, f"intervene ({how.name})"), seed)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from xr_aimz.missing import masked, prepare
 from xr_aimz.options import shows_progress
 from xr_aimz.per_cell import Memory, Shelf, fit_cells, plan_cells
 from xr_aimz.posterior import Fit
+from xr_aimz.record import options_of, versions
 from xr_aimz.shelf import Stored
 
 __all__ = ["fit"]
@@ -193,12 +194,14 @@ def fit(
     shown = shows_progress(progress)
     if per:
         in_cell = cell_inference(model, method, asked)
-        return _looked_at(_fit_cells(bound_to(per=per), in_cell, seed, store, shown))
+        found = _fit_cells(bound_to(per=per), in_cell, seed, store, shown)
+        return _looked_at(_recorded(found, method, asked, seed))
     if store is not None:
         raise OptionError(f"store={str(store)!r} goes with per=; other fits are kept in memory")
     by = partial(inference, asked=asked, seed=seed, progress=shown)
     infer = by(model, method)
-    return _looked_at(_fit_whole(bound_to(), method, by, infer, batch))
+    found = _fit_whole(bound_to(), method, by, infer, batch)
+    return _looked_at(_recorded(found, method, asked, seed))
 
 
 def _fit_whole(
@@ -251,6 +254,12 @@ def _load(binding: Binding, inputs: Inputs) -> dict[str, jax.Array]:
     for key, number in zip(inputs.arrays, numbered, strict=True):
         arrays[key] = jnp.asarray(to_device_dtype(names[key], loaded[number].values))
     return arrays
+
+
+def _recorded(fitted: Fit, method: Any, asked: Mapping[str, Any], seed: int) -> Fit:
+    """The fit with how it was made."""
+    options = options_of(fitted.binding, method, asked, seed)
+    return replace(fitted, options=options, versions=versions())
 
 
 def _looked_at(fitted: Fit) -> Fit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from xr_aimz.infer.problem import Draws
 from xr_aimz.inputs import reordered
 from xr_aimz.labelling import extra_labels, label, result_name
 from xr_aimz.posterior import Fit
+from xr_aimz.record import options_of, versions
 
 __all__ = ["from_posterior"]
 
@@ -70,9 +72,10 @@ def from_posterior(
     # Draws are addressed by label too: without any, a part of them would be other draws.
     draws = draws.assign_coords({d: draws[d] for d in ("chain", "draw") if d in draws.dims})
     shape = (draws.sizes.get("chain", 1), draws.sizes.get("draw", 1))
-    return assemble(
-        bound, draws, Draws({}, shape, "draws made elsewhere", params=dict(params or {}))
-    )
+    made = Draws({}, shape, "draws made elsewhere", params=dict(params or {}))
+    number = {"chains": shape[0], "draws": shape[1]}
+    options = options_of(bound.binding, made.method, number, seed=None)
+    return replace(assemble(bound, draws, made), options=options, versions=versions())
 
 
 def _as_dataset(posterior: Any) -> xr.Dataset:

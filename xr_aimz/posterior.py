@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -62,6 +62,13 @@ class Fit:
     state : mapping of name to array
         What ``init=fit`` goes on from: parameters, the optimizer's state, the random key and
         the place in the epoch. Empty where a method cannot go on.
+    options : mapping of name to what JSON can hold
+        How the fit was made, as given and as defaulted: method, draws, steps, seed and so on.
+    versions : mapping of package to version
+        What the fit was made with.
+    lineage : mapping of str to str
+        What every result of this fit carries in its attrs, beside ``aimz_fit`` (the token),
+        ``aimz_seed`` and ``aimz_versions``.
     """
 
     model: Callable
@@ -78,6 +85,9 @@ class Fit:
     concerns: tuple[str, ...] | None = None
     more: Callable[[int, int], Fit] | None = field(default=None, repr=False)
     state: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    versions: Mapping[str, str] = field(default_factory=dict, repr=False)
+    lineage: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @cached_property
     def token(self) -> str:
@@ -130,7 +140,10 @@ class Fit:
                 f"there is nothing to draw from: this fit holds {self.method}, and neither a "
                 "guide nor chains. Call sample() on what ds.aimz.fit(...) returned"
             )
-        return self.more(draws, seed)
+        further = {"draws": draws, "seed": seed, "sampled_from": self.token}
+        options = {**self.options, **further}
+        found = self.more(draws, seed)
+        return replace(found, options=options, versions=self.versions, lineage=self.lineage)
 
     def diagnostics(self) -> xr.Dataset:
         """R-hat, bulk and tail effective sample size of each variable, and divergences.

@@ -23,6 +23,7 @@ from xr_aimz.interventions import intervention
 from xr_aimz.kernel import log_likelihood as density_kernel
 from xr_aimz.kernel import predictive
 from xr_aimz.labelling import result_name, with_coords
+from xr_aimz.lineage import traced_to
 from xr_aimz.posterior import Fit
 from xr_aimz.reduction import parse
 from xr_aimz.summary import dressed
@@ -135,7 +136,7 @@ def predict(
         summary=summary,
     )
     wanted = asked(ds, fit, question)
-    return answered(ds, wanted, attrs_of(wanted), "predict")
+    return traced_to(fit, answered(ds, wanted, attrs_of(wanted), "predict"), seed)
 
 
 def log_likelihood(ds: xr.Dataset, fit: Fit, *, draws: int | None = None) -> xr.Dataset:
@@ -172,7 +173,7 @@ def log_likelihood(ds: xr.Dataset, fit: Fit, *, draws: int | None = None) -> xr.
     wanted = Evaluation(fit, inputs, posterior, density_kernel, fit.observed, seed=0)
     names = [result_name(fit.binding, fit.sites[n]) for n in fit.observed]
     attrs = {n: {"long_name": f"log-likelihood of {n}", "units": "1"} for n in names}
-    return answered(ds, wanted, attrs, "log_likelihood")
+    return traced_to(fit, answered(ds, wanted, attrs, "log_likelihood"))
 
 
 @dataclass(frozen=True)

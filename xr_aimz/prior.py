@@ -20,6 +20,7 @@ from xr_aimz.bound import Bound, bind
 from xr_aimz.device import device_dtype
 from xr_aimz.errors import ModelError, OptionError
 from xr_aimz.infer.problem import Draws
+from xr_aimz.lineage import drawn_with
 from xr_aimz.model import Site, observed_through, parameters
 from xr_aimz.predict import Question, answered, asked, attrs_of
 
@@ -105,7 +106,7 @@ def prior_predictive(
     source = getattr(model, "__name__", "a model")
     known_nothing = assemble(bound, empty, Draws({}, (1, int(draws)), source))
     wanted = asked(ds, known_nothing, Question(sites=sites, do=do, seed=seed))
-    return answered(ds, wanted, attrs_of(wanted), "prior_predictive")
+    return drawn_with(answered(ds, wanted, attrs_of(wanted), "prior_predictive"), seed)
 
 
 class _Anything:
