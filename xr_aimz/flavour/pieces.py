@@ -114,7 +114,7 @@ def _together(table: pd.DataFrame, core_dims: Sequence[str]) -> Iterator[np.ndar
         return
     others = [d for d in table.columns if d not in core_dims]
     everything = [np.arange(len(table))]
-    series = list(table.groupby(others).indices.values()) if others else everything
+    series = map(np.asarray, table.groupby(others).indices.values()) if others else everything
     alike: dict[bytes, list[np.ndarray]] = {}
     core = table[list(core_dims)].to_numpy()
     for rows in series:

@@ -111,5 +111,5 @@ def _outputs(fit: Fit, defaults: Mapping[str, Any]) -> Schema | None:
     return Schema([ColSpec(_output_type(column.dtype), name) for name, column in answer.items()])
 
 
-def _output_type(dtype: np.dtype) -> DataType:
+def _output_type(dtype: Any) -> DataType:
     return DataType.float if dtype == np.float32 else _TYPES[dtype.kind]

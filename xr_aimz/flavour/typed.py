@@ -75,11 +75,8 @@ def _numbers(values: pd.Series, like: pd.Index) -> pd.Index | None:
     numbers = _as_numbers(values)
     if numbers is None or numbers.dtype.kind == "b":
         return None
-    if like.dtype.kind == "f" or numbers.dtype.kind in "iu":
-        cast = numbers.astype(like.dtype)
-        return pd.Index(cast) if like.dtype.kind == "f" or (cast == numbers).all() else None
-    whole = numbers == np.floor(numbers)
-    return pd.Index(numbers.astype(like.dtype)) if whole.all() else None
+    cast = numbers.astype(np.dtype(str(like.dtype)))
+    return pd.Index(cast) if cast.dtype.kind == "f" or (cast == numbers).all() else None
 
 
 def _as_numbers(values: pd.Series) -> np.ndarray | None:
@@ -119,7 +116,7 @@ def _times(column: str, values: pd.Series, like: pd.Index) -> pd.Index | None:
         return None
     if dates and read.tz is not None:
         read = read.tz_convert("UTC").tz_localize(None)
-    unit = np.datetime_data(like.dtype)[0]
+    unit = np.datetime_data(np.dtype(str(like.dtype)))[0]
     # A unit that is too coarse for a label would make another one of it.
     coarse = read.as_unit(unit)
     return coarse if (coarse == read).all() else read
