@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from xr_aimz.effects import intervene
     from xr_aimz.fit import fit
     from xr_aimz.from_posterior import from_posterior
+    from xr_aimz.loading import load_fit
     from xr_aimz.model import plate
     from xr_aimz.posterior import Fit
     from xr_aimz.predict import log_likelihood, predict
@@ -37,6 +38,7 @@ __all__ = [
     "from_posterior",
     "get_options",
     "intervene",
+    "load_fit",
     "log_likelihood",
     "open_zarr",
     "plate",
@@ -53,6 +55,7 @@ _ROOMS = {
     "fit": "fit",
     "from_posterior": "from_posterior",
     "intervene": "effects",
+    "load_fit": "loading",
     "log_likelihood": "predict",
     "open_zarr": "store",
     "plate": "model",

@@ -145,6 +145,42 @@ class Fit:
         found = self.more(draws, seed)
         return replace(found, options=options, versions=self.versions, lineage=self.lineage)
 
+    def save(self, store: Any, *, mode: str = "w-") -> None:
+        """Write the fit into a Zarr store, from which :func:`xr_aimz.load_fit` makes it again.
+
+        One store: the groups of ArviZ's schema, which any reader of Zarr opens, and one JSON
+        spec. Nothing is pickled; the model itself is not kept, only where it comes from and
+        its source, as text. See the page on the format.
+
+        Parameters
+        ----------
+        store : path, URL or Zarr store
+            As :func:`xr_aimz.to_zarr` takes it.
+        mode : {"w-", "w"}
+            ``"w-"`` refuses what exists, other than a save that was cut short; ``"w"``
+            replaces it.
+
+        Raises
+        ------
+        StoreError
+            The store exists; or something cannot be kept without code, such as a constant of
+            the model that is neither number, string nor array. Nothing was written.
+        WriteError
+            Writing failed on the way; what is there is not taken for whole.
+
+        Notes
+        -----
+        The data that the fit was made on are kept with it. What is lazy is computed and
+        written block by block.
+
+        Examples
+        --------
+        >>> fit.save("fit.zarr")  # doctest: +SKIP
+        """
+        from xr_aimz.saving import save
+
+        save(self, store, mode=mode)
+
     def diagnostics(self) -> xr.Dataset:
         """R-hat, bulk and tail effective sample size of each variable, and divergences.
 

@@ -1,0 +1,183 @@
+"""A fit from a store: the spec verified, then its arrays, and then the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from xr_aimz.binding import LAYOUTS, Argument, Binding, Source
+from xr_aimz.errors import StoreError
+from xr_aimz.model import Plate, Site
+from xr_aimz.packing import unpack
+from xr_aimz.posterior import Fit
+from xr_aimz.saving import FORMAT
+from xr_aimz.source import found_again
+from xr_aimz.storable import restored
+from xr_aimz.verified import Vault
+
+__all__ = ["load_fit"]
+
+
+def load_fit(store: Any, model: Callable | None = None, *, trust_import: bool = False) -> Fit:
+    """A fit as :meth:`xr_aimz.Fit.save` wrote it.
+
+    Parameters
+    ----------
+    store : path, URL or Zarr store
+    model : callable, optional
+        The model of the fit. Its source must be what it was.
+    trust_import : bool
+        Import the model by the path in the store. That runs the module of that name, so trust
+        both; by default nothing is imported and none of the store's content can run.
+
+    Returns
+    -------
+    Fit
+        With the same draws, token and predictions. What was lazy is lazy.
+
+    Raises
+    ------
+    StoreError
+        The store is not whole, was changed or damaged, or has something in it that no fit has:
+        the message says what and where.
+    ModelError
+        No model is given, or its source is not that of the fit.
+
+    Examples
+    --------
+    >>> fit.save("fit.zarr")  # doctest: +SKIP
+    >>> fit = xr_aimz.load_fit("fit.zarr", model)  # doctest: +SKIP
+    """
+    vault = Vault.opened(store)
+    if vault.spec.get("format") != FORMAT:
+        raise StoreError(
+            f"{vault.name} has format {vault.spec.get('format')!r}; this version reads {FORMAT}"
+        )
+    vault.verify()
+    reader = _Reader(vault)
+    try:
+        fields = _fields(vault.spec, reader)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise StoreError(
+            f"{vault.name}: the spec is none that a fit has ({type(error).__name__}: {error})"
+        ) from error
+    # Last: nothing is imported before all else was found to be as it was written.
+    found = found_again(vault.spec["model"], model, trust_import)
+    fit = Fit(model=found, **fields)
+    if fit.token != vault.spec["token"]:
+        raise StoreError(f"{vault.name}: the draws are not those of the fit {fit.token!r}")
+    return fit
+
+
+class _Reader:
+    """Arrays and Datasets by what the spec says of them."""
+
+    def __init__(self, vault: Vault) -> None:
+        self._vault = vault
+
+    def array(self, entry: Mapping[str, Any]) -> np.ndarray:
+        return restored(self._vault.values(entry["path"]), entry)
+
+    def unpack(self, found: Any) -> Any:
+        return unpack(found, self.array)
+
+    def dataset(self, entry: Mapping[str, Any]) -> xr.Dataset:
+        variables = {n: self._variable(v) for n, v in entry["variables"].items()}
+        coords = {n: variables.pop(n) for n in entry["coords"]}
+        return xr.Dataset(variables, coords, attrs=self.unpack(entry["attrs"]))
+
+    def _variable(self, entry: Mapping[str, Any]) -> xr.Variable:
+        attrs = self.unpack(entry["attrs"])
+        if "lazy" not in entry:
+            return xr.Variable(entry["dims"], self.array(entry), attrs)
+        chunks = tuple(map(tuple, entry["lazy"]["chunks"]))
+        # Under the name that it had: equal names, equal values, and so the token is the same.
+        name = entry["lazy"]["name"]
+        found = self._vault.chunked(entry["path"], entry["dims"], chunks, name)
+        found.attrs = attrs
+        return found
+
+
+def _fields(spec: Mapping[str, Any], reader: _Reader) -> dict[str, Any]:
+    datasets = {name: reader.dataset(entry) for name, entry in spec["datasets"].items()}
+    losses = datasets["losses"]["loss"] if "losses" in datasets else None
+    concerns = spec["concerns"]
+    return {
+        "binding": _binding(spec["binding"], reader),
+        "sites": {name: _site(name, entry) for name, entry in spec["sites"].items()},
+        "posterior": datasets["posterior"],
+        "sample_stats": datasets["sample_stats"],
+        "observed_data": datasets["observed_data"],
+        "constant_data": datasets["constant_data"],
+        "losses": losses,
+        "params": reader.unpack(spec["params"]),
+        "state": reader.unpack(spec["state"]),
+        "attrs": reader.unpack(spec["attrs"]),
+        "method": str(spec["method"]),
+        "concerns": None if concerns is None else tuple(map(str, concerns)),
+        "options": dict(spec["options"]),
+        "versions": dict(spec["versions"]),
+        "lineage": dict(spec["lineage"]),
+    }
+
+
+def _binding(spec: Mapping[str, Any], reader: _Reader) -> Binding:
+    if spec["layout"] not in LAYOUTS:
+        raise ValueError(f"layout {spec['layout']!r}")
+    labels = {
+        d: xr.IndexVariable(d, reader.array(entry)).to_index()
+        for d, entry in spec["labels"].items()
+    }
+    return Binding(
+        arguments=tuple(_argument(a, reader) for a in spec["arguments"]),
+        constants={n: reader.unpack(v) for n, v in spec["constants"].items()},
+        dims=tuple(spec["dims"]),
+        core_dims=tuple(spec["core_dims"]),
+        layout=spec["layout"],
+        labels=labels,
+        per=tuple(spec["per"]),
+    )
+
+
+def _argument(spec: Mapping[str, Any], reader: _Reader) -> Argument:
+    sources = tuple(_source(s, reader) for s in spec["sources"])
+    return Argument(spec["name"], sources, spec["stacked"], spec["outcome"])
+
+
+def _source(spec: Mapping[str, Any], reader: _Reader) -> Source:
+    data = None
+    if spec["data"] is not None:
+        data = reader.dataset(spec["data"])["data"].rename(spec["data_name"])
+    return Source(
+        key=spec["key"],
+        name=spec["name"],
+        dims=tuple(spec["dims"]),
+        units=spec["units"],
+        data=data,
+        shadowed=spec["shadowed"],
+    )
+
+
+def _site(name: str, spec: Mapping[str, Any]) -> Site:
+    dtype = None if spec["dtype"] is None else jnp.dtype(spec["dtype"])
+    event_dims = None if spec["event_dims"] is None else tuple(spec["event_dims"])
+    return Site(
+        name=name,
+        kind=spec["kind"],
+        shape=tuple(spec["shape"]),
+        event_ndim=spec["event_ndim"],
+        dtype=dtype,
+        plates=tuple(Plate(*p) for p in spec["plates"]),
+        event_dims=event_dims,
+        distribution=spec["distribution"],
+        obs_argument=spec["obs_argument"],
+        scanned=spec["scanned"],
+        trained=spec["trained"],
+        dims=tuple(spec["dims"]),
+        reads=frozenset(spec["reads"]),
+        seen=frozenset(spec["seen"]),
+    )

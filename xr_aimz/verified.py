@@ -1,0 +1,247 @@
+"""A Zarr store read only as far as its spec vouches for it.
+
+Nothing is opened before it has been compared with the spec and with closed lists of dtypes
+and codecs: whoever wrote a store, no code of theirs is run. Paths are names of arrays within
+the store, never files, and a directory with a link in it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from zarr.abc.store import Store
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import LocalStore
+
+from xr_aimz import manifest
+from xr_aimz.errors import MemoryLimitError, StoreError
+from xr_aimz.memory import available
+from xr_aimz.vault import DIGEST, SPEC, content_digest, digest, grid, is_path
+
+__all__ = ["Vault"]
+
+_NAMED = {"blosc", "bytes", "crc32c", "vlen-utf8"}
+_DTYPES = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|string")
+_FIELDS = {
+    "attributes",
+    "chunk_grid",
+    "chunk_key_encoding",
+    "codecs",
+    "data_type",
+    "dimension_names",
+    "fill_value",
+    "node_type",
+    "shape",
+    "storage_transformers",
+    "zarr_format",
+}
+
+
+@dataclass(frozen=True)
+class Vault:
+    """A store that was found to be whole, and what its spec says."""
+
+    name: str
+    store: Store
+    spec: Mapping[str, Any]
+
+    @classmethod
+    def opened(cls, store: Any) -> Vault:
+        """A store, its spec verified; no array is opened.
+
+        Raises
+        ------
+        StoreError
+            It is not the store of a fit, or not as it was written.
+        """
+        name, into = repr(str(store)), manifest.as_store(store)
+        _check_links(name, into)
+        attributes = _mapping(_json(name, into, manifest.ROOT).get("attributes"))
+        if SPEC not in attributes:
+            raise StoreError(f"{name} is no saved fit: its root has no attribute {SPEC!r}")
+        spec = _mapping(attributes[SPEC])
+        if digest(spec) != attributes.get(DIGEST):
+            raise StoreError(
+                f"{name}: the spec was changed after it was written (sha256 {digest(spec)}, "
+                f"written was {attributes.get(DIGEST)!r})"
+            )
+        return cls(name, into, spec)
+
+    def verify(self) -> None:
+        """Compare all metadata with the spec, and see that every chunk is there.
+
+        Raises
+        ------
+        StoreError
+            Says what is missing or differs.
+        """
+        for group, told in _mapping(self.spec.get("groups")).items():
+            if not is_path(f"{group}/x"):
+                raise StoreError(f"{self.name}: {group!r} is no name of a group")
+            document = self._json(f"{group}/{manifest.ROOT}")
+            if digest(document) != told or document.get("node_type") != "group":
+                raise StoreError(f"{self.name}: the metadata of group {group!r} was changed")
+        for path, entry in _mapping(self.spec.get("arrays")).items():
+            self._verify_array(path, _mapping(entry))
+
+    def _verify_array(self, path: str, entry: Mapping[str, Any]) -> None:
+        if not is_path(path):
+            raise StoreError(f"{self.name}: {path!r} is no path of an array within the store")
+        document = self._json(f"{path}/{manifest.ROOT}")
+        if digest(document) != entry.get("metadata"):
+            raise StoreError(f"{self.name}: the metadata of array {path!r} was changed")
+        _check_metadata(self.name, path, document)
+        count = entry.get("chunks")
+        if count != prod(grid(document)):
+            raise StoreError(f"{self.name}: array {path!r} cannot have {count!r} chunks")
+        there = {key.removeprefix(f"{path}/") for key in sync(_listed(self.store, path))}
+        absent = count - sum(_is_chunk(key, grid(document)) for key in there)
+        if absent > 0:
+            raise StoreError(f"{self.name}: array {path!r} lacks {absent} of its {count} chunks")
+        self._check_room(path, document)
+
+    def _check_room(self, path: str, document: Mapping[str, Any]) -> None:
+        """What is read at once, an array or a chunk of a lazy one, must fit in memory."""
+        whole = "values" in self.spec["arrays"][path]
+        shape = document["shape"]
+        if not whole:
+            shape = document["chunk_grid"]["configuration"]["chunk_shape"]
+        weight, room = prod(shape) * _weight(document["data_type"]), available()
+        if weight > room:
+            raise MemoryLimitError(
+                f"{self.name}: array {path!r} says that it has {weight:.3g} bytes to be read at "
+                f"once, and there is memory for {room:.3g}"
+            )
+
+    def _json(self, key: str) -> Mapping[str, Any]:
+        return _json(self.name, self.store, key)
+
+    def values(self, path: str) -> np.ndarray:
+        """An array, read and compared with its digest."""
+        try:
+            array = self.lazy(path)
+            # Of no axis a string comes as a str, which NumPy would give a length.
+            found = np.asarray(array[...], array.dtype)
+        except Exception as error:
+            # Whatever a codec raises of bytes that are not its own.
+            raise StoreError(
+                f"{self.name}: array {path!r} cannot be read, a chunk of it is damaged "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if content_digest(found) != _mapping(self.spec["arrays"][path]).get("values"):
+            raise StoreError(f"{self.name}: the values of array {path!r} were changed")
+        return found
+
+    def lazy(self, path: str) -> zarr.Array:
+        """An array that is verified as far as its metadata."""
+        if path not in _mapping(self.spec.get("arrays")):
+            raise StoreError(f"{self.name}: the spec lists no array {path!r}")
+        return zarr.open_array(self.store, path=path, mode="r", zarr_format=3)
+
+    def chunked(
+        self, path: str, dims: Sequence[str], chunks: tuple[tuple[int, ...], ...], name: str
+    ) -> xr.Variable:
+        """A dask-backed variable under that name: chunks are read when they are asked for."""
+        if path not in _mapping(self.spec.get("arrays")):
+            raise StoreError(f"{self.name}: the spec lists no array {path!r}")
+        group, _, variable = path.partition("/")
+        opened = xr.open_zarr(
+            self.store,
+            group=group,
+            chunks=None,
+            consolidated=False,
+            decode_cf=False,
+        )
+        found = opened.variables[variable]
+        if found.shape != tuple(map(sum, chunks)) or tuple(found.dims) != tuple(dims):
+            raise StoreError(f"{self.name}: chunks {chunks!r} do not make the array {path!r}")
+        return found.chunk(dict(zip(dims, chunks, strict=True)), name=name)
+
+
+def _json(name: str, store: Store, key: str) -> Mapping[str, Any]:
+    found = sync(store.get(key, default_buffer_prototype()))
+    if found is None:
+        unfinished = key == manifest.ROOT and manifest.read(store) is not None
+        why = "it was not written to its end" if unfinished else f"{key!r} is missing"
+        raise StoreError(f"{name} is no whole store: {why}")
+    try:
+        return _mapping(json.loads(found.to_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{name}: {key!r} is no JSON ({error})") from error
+
+
+def _mapping(found: Any) -> Mapping[str, Any]:
+    if not isinstance(found, dict):
+        raise StoreError(f"{str(found)[:80]!r} stands where the spec has a mapping")
+    return found
+
+
+def _check_metadata(name: str, path: str, document: Mapping[str, Any]) -> None:
+    """An array of the kind that is written here: a closed list of dtypes and codecs."""
+    told = {k: document.get(k) for k in ("data_type", "chunk_key_encoding", "chunk_grid")}
+    codecs = [c.get("name") if isinstance(c, dict) else c for c in document.get("codecs", [None])]
+    encoding = {"name": "default", "configuration": {"separator": "/"}}
+    good = (
+        document.get("zarr_format") == 3
+        and document.get("node_type") == "array"
+        and set(document) <= _FIELDS
+        and not document.get("storage_transformers")
+        and isinstance(told["data_type"], str)
+        and _DTYPES.fullmatch(told["data_type"])
+        and told["chunk_key_encoding"] == encoding
+        and isinstance(told["chunk_grid"], dict)
+        and told["chunk_grid"].get("name") == "regular"
+        and _are_lengths(document.get("shape"), 0)
+        and _are_lengths(told["chunk_grid"].get("configuration", {}).get("chunk_shape"), 1)
+        and set(codecs) <= _NAMED
+        and codecs[-1] == "crc32c"
+    )
+    if not good:
+        raise StoreError(
+            f"{name}: array {path!r} has a dtype, codec or layout that no saved fit has: "
+            f"{told['data_type']!r}, codecs {codecs!r}"
+        )
+
+
+def _weight(dtype: str) -> int:
+    """The least bytes of an entry."""
+    return 16 if dtype == "string" else np.dtype(dtype).itemsize
+
+
+def _is_chunk(key: str, grid: tuple[int, ...]) -> bool:
+    first, *index = key.split("/")
+    return (
+        first == "c"
+        and len(index) == len(grid)
+        and all(i.isdecimal() and int(i) < n for i, n in zip(index, grid, strict=True))
+    )
+
+
+def _are_lengths(found: Any, least: int) -> bool:
+    return isinstance(found, list) and all(type(n) is int and n >= least for n in found)
+
+
+def _check_links(name: str, store: Store) -> None:
+    """In a directory nothing leads out of it."""
+    if not isinstance(store, LocalStore):
+        return
+    links = [p for p in Path(store.root).rglob("*") if p.is_symlink()]
+    if links:
+        raise StoreError(
+            f"{name}: {str(links[0].relative_to(store.root))!r} is a link, which may lead out of "
+            "the store; no saved fit has any"
+        )
+
+
+async def _listed(store: Store, prefix: str) -> list[str]:
+    return [key async for key in store.list_prefix(f"{prefix}/")]
