@@ -177,7 +177,7 @@ def check_split_along(wanted: Evaluation, cut: Plan, dims: Iterable[str], name: 
     ------
     ModelError
     """
-    halved = replace(cut, chunks={**cut.chunks, **{d: (1, 1) for d in dims}})
+    halved = replace(cut, chunks={**cut.chunks, **dict.fromkeys(dims, (1, 1))})
     _check_cut(wanted, halved)
     _check_coupling(wanted, halved, name)
 

@@ -24,8 +24,8 @@ from mlflow.utils.model_utils import (
 from xr_aimz.errors import AimzError, ModelError
 from xr_aimz.flavour.layout import FLAVOUR, STORE, TRUST
 from xr_aimz.flavour.predictor import Predictor
+from xr_aimz.loading import load_fit
 from xr_aimz.posterior import Fit
-from xr_aimz.saving import load_fit
 
 __all__ = ["load_model", "load_pyfunc"]
 

@@ -7,7 +7,6 @@ is a pickle.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from xr_aimz.flavour.example import input_example as example_of
 from xr_aimz.flavour.layout import FLAVOUR, LOADER, STORE, TRUST
 from xr_aimz.flavour.signature import infer_signature
 from xr_aimz.posterior import Fit
-from xr_aimz.saving import save
+from xr_aimz.record import versions
 from xr_aimz.source import told
 
 __all__ = ["log_model", "save_model"]
@@ -109,7 +108,7 @@ def save_model(
     _validate_and_prepare_target_save_path(str(folder))
     example = example_of(fit) if input_example is None else input_example
     _save_example(described, None if example is False else example, str(folder))
-    save(fit, folder / STORE)
+    fit.save(folder / STORE)
     copied = _validate_and_copy_code_paths(code_paths, str(folder))
     _add_flavours(described, copied, trust_import, _copy_extra_files(extra_files, str(folder)))
     if size := get_total_file_size(str(folder)):
@@ -145,7 +144,7 @@ def _add_flavours(
         **FILES,
     )
     described.add_flavor(
-        FLAVOUR, xr_aimz_version=version("xr_aimz"), data=STORE, code=code, **extra
+        FLAVOUR, xr_aimz_version=versions()["xr_aimz"], data=STORE, code=code, **extra
     )
 
 
