@@ -113,6 +113,7 @@ ROOMS = (
     "flavour.signature",
     "flavour.environment",
     "flavour.layout",
+    "flavour.archive",
     "flavour.models",
     "flavour.loaded",
     "describe",
@@ -126,6 +127,7 @@ HOMES = {
     "dask": {"blocks", "scheduling", "store", "stream", "writing"},
     # A fit larger than memory goes to disk as it is made, before there is anything to predict.
     "zarr": {
+        "flavour.archive",
         "manifest",
         "shelf",
         "store",

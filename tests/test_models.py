@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import xarray as xr
 import yaml
 
 import xr_aimz
-from xr_aimz.errors import MissingExtraError, ModelError, OptionError
+from xr_aimz.errors import MissingExtraError, ModelError, OptionError, StoreError
 
 os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 with warnings.catch_warnings():
@@ -133,15 +135,38 @@ def test_nothing_in_the_folder_is_a_pickle(fit, tmp_path):
     xr_aimz.mlflow.save_model(fit, folder, pip_requirements=["xr_aimz"])
     files = [f for f in folder.rglob("*") if f.is_file()]
     assert not [f for f in files if f.suffix in (".pkl", ".pickle", ".joblib")]
-    for file in files:
-        # The first bytes of a pickle of protocol 2 and later.
-        assert file.read_bytes()[:1] != b"\x80" or "/c/" in str(file)
+    with zipfile.ZipFile(folder / "fit.zarr.zip") as archive:
+        # A tree of Zarr: metadata, and chunks by their place in an array.
+        assert all(re.fullmatch(r"(.+/)?(zarr.json|c(/\d+)*)", n) for n in archive.namelist())
     described = yaml.safe_load((folder / "MLmodel").read_text())
     python = described["flavors"]["python_function"]
     assert python["loader_module"] == "xr_aimz.mlflow"
     assert python["config"] == {"trust_import": False}
-    assert described["flavors"]["xr_aimz"]["data"] == "fit.zarr"
+    assert described["flavors"]["xr_aimz"]["data"] == "fit.zarr.zip"
     assert (folder / "requirements.txt").read_text().split()[-1] == "xr_aimz"
+
+
+def test_a_damaged_store_is_refused(fit, tmp_path):
+    xr_aimz.mlflow.save_model(fit, tmp_path / "model", **SAVED)
+    store = tmp_path / "model/fit.zarr.zip"
+    with zipfile.ZipFile(store) as archive:
+        files = {n: archive.read(n) for n in archive.namelist()}
+    lacking = {n: b for n, b in files.items() if n != "posterior/slope/c/0/0"}
+    assert lacking != files
+    for changed, named in [
+        (lacking, "'posterior/slope' lacks 1"),
+        ({**files, "../../outside": b"x"}, r"\.\./outside"),
+        ({"zarr.json": b"{}"}, "Zarr group"),
+    ]:
+        with zipfile.ZipFile(store, "w") as archive:
+            for name, content in changed.items():
+                archive.writestr(name, content)
+        with pytest.raises(StoreError, match=named):
+            xr_aimz.mlflow.load_model(tmp_path / "model", line)
+    store.write_bytes(b"no zip")
+    with pytest.raises(StoreError, match="no zip file"):
+        xr_aimz.mlflow.load_model(tmp_path / "model", line)
+    assert not list(tmp_path.parent.rglob("outside"))
 
 
 def test_signature_and_example_are_those_of_the_binding(fit, tmp_path):

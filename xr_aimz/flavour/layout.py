@@ -4,5 +4,5 @@ __all__ = ["FLAVOUR", "LOADER", "STORE", "TRUST"]
 
 FLAVOUR = "xr_aimz"
 LOADER = "xr_aimz.mlflow"
-STORE = "fit.zarr"
+STORE = "fit.zarr.zip"
 TRUST = "trust_import"

@@ -22,9 +22,9 @@ from mlflow.utils.model_utils import (
 )
 
 from xr_aimz.errors import AimzError, ModelError
+from xr_aimz.flavour import archive
 from xr_aimz.flavour.layout import FLAVOUR, STORE, TRUST
 from xr_aimz.flavour.predictor import Predictor
-from xr_aimz.loading import load_fit
 from xr_aimz.posterior import Fit
 
 __all__ = ["load_model", "load_pyfunc"]
@@ -58,7 +58,7 @@ def load_model(
 
     Raises
     ------
-    ModelError
+    ModelError, StoreError
         As :func:`xr_aimz.load_fit` does.
 
     Examples
@@ -71,7 +71,7 @@ def load_model(
     if trust_import and model is None:
         # Which puts a folder of the saver's before all others: not without trust.
         _add_code_from_conf_to_system_path(str(folder), flavour)
-    fit = load_fit(folder / STORE, model, trust_import=trust_import)
+    fit = archive.read(folder / STORE, model, trust_import=trust_import)
     run = Model.load(str(folder)).run_id
     return fit if run is None else replace(fit, lineage={"mlflow_run_id": run, **fit.lineage})
 
@@ -100,4 +100,4 @@ def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pre
             "{'trust_import': True}), or for a server the environment variable "
             "MLFLOW_PYFUNC_INFERENCE_CONFIG='{\"trust_import\": true}'"
         )
-    return _Answering(load_fit(path, trust_import=True))
+    return _Answering(archive.read(Path(path), None, trust_import=True))

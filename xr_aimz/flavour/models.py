@@ -1,7 +1,7 @@
 """A fit as an MLflow model: saved, logged and registered.
 
-The folder holds ``fit.zarr``, what ``fit.save`` writes, and MLflow's own files. Nothing in it
-is a pickle.
+The folder holds ``fit.zarr.zip``, what ``fit.save`` writes, and MLflow's own files. Nothing in
+it is a pickle.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mlflow.utils.model_utils import (
 )
 
 from xr_aimz.errors import ModelError, OptionError
+from xr_aimz.flavour import archive
 from xr_aimz.flavour.environment import FILES, Environment, write_environment
 from xr_aimz.flavour.example import input_example as example_of
 from xr_aimz.flavour.layout import FLAVOUR, LOADER, STORE, TRUST
@@ -108,7 +109,7 @@ def save_model(
     _validate_and_prepare_target_save_path(str(folder))
     example = example_of(fit) if input_example is None else input_example
     _save_example(described, None if example is False else example, str(folder))
-    fit.save(folder / STORE)
+    archive.write(fit, folder / STORE)
     copied = _validate_and_copy_code_paths(code_paths, str(folder))
     _add_flavours(described, copied, trust_import, _copy_extra_files(extra_files, str(folder)))
     if size := get_total_file_size(str(folder)):
