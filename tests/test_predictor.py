@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import xr_aimz
 from xr_aimz import device, errors
+from xr_aimz.flavour.example import input_example
 from xr_aimz.flavour.predictor import Predictor
 
 STATISTICS = ("mean", "std", 0.05, 0.5, 0.95)
@@ -303,6 +304,11 @@ def test_further_dimensions_are_columns():
     with pytest.raises(errors.DtypeError, match=r"'codes'.*0.5"):
         Predictor(fit).predict(table.assign(codes=0.5))
     assert isinstance(days[0], cftime.Datetime360Day)
+    example = input_example(fit, rows=3)
+    assert list(example) == ["time", "x[red]", "x[green]", "codes"]
+    assert example.time.tolist() == [t.isoformat() for t in days[:3]]
+    answered = Predictor(fit).predict(example)
+    np.testing.assert_allclose(answered, answer.iloc[::-1].head(3), **CLOSE)
 
 
 def test_a_table_model_with_features_on_a_grid():
@@ -362,6 +368,7 @@ def test_series_of_a_core_dim_are_answered_whole(series):
     table = series.drop_vars("y").to_dataframe().reset_index().sample(frac=1, random_state=0)
     pred = expected(series, fit, table)
     assert_answers(Predictor(fit).predict(table), pred, "y")
+    assert len(input_example(fit)) == 10
     some = table[table.site != "b"]
     assert_answers(
         Predictor(fit).predict(some), pred.isel(row=(table.site != "b").to_numpy()), "y"

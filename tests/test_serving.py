@@ -7,6 +7,7 @@ all three are processes of their own on the loopback, ended with the module.
 import importlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -285,6 +286,36 @@ def test_batches_of_a_table_are_answered_as_the_whole(registered, data, fit, tab
     pred = at(data.aimz.predict(fit, seed=2, summary=STATISTICS), table)
     assert_answers(found, pred)
     assert model.metadata.signature.inputs.input_names() == ["time", "site", "warmth", "forcing"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_spark_answers_as_the_whole(registered, data, fit, table, monkeypatch):
+    # Not among the extras: it needs a Java beside Python.
+    pytest.importorskip("pyspark")
+    from pyspark.sql import SparkSession
+    from pyspark.sql.functions import struct
+
+    if shutil.which("java") is None:
+        pytest.skip("Spark needs Java")
+    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+    table = table.assign(time=pd.to_datetime(table.time))
+    made = SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false")
+    # Several batches in each of several partitions, in an order of Spark's own.
+    spark = made.config("spark.sql.execution.arrow.maxRecordsPerBatch", "7").getOrCreate()
+    try:
+        kind = "melt_mean double, melt_std double"
+        ask = mlflow.pyfunc.spark_udf(
+            spark, registered[0], env_manager="local", result_type=kind, params={"seed": 2}
+        )
+        rows = spark.createDataFrame(table).repartition(3)
+        columns = struct(*[rows[c] for c in table.columns])
+        asked = rows.withColumn("answer", ask(columns))
+        found = asked.select("time", "site", "answer.melt_mean", "answer.melt_std").toPandas()
+    finally:
+        spark.stop()
+    pred = at(data.aimz.predict(fit, seed=2, summary=("mean", "std")), found)
+    np.testing.assert_allclose(found.melt_mean, pred.melt_mean, **CLOSE)
+    np.testing.assert_allclose(found.melt_std, pred.melt_std, **CLOSE)
 
 
 def test_the_fit_behind_a_registered_model_predicts_as_before(registered, data, fit):
