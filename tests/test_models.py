@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -21,11 +20,8 @@ import xr_aimz
 from xr_aimz.errors import MissingExtraError, ModelError, OptionError, StoreError
 
 os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
-with warnings.catch_warnings():
-    # MLflow warns of its own type hints as it is imported.
-    warnings.simplefilter("ignore")
-    mlflow = pytest.importorskip("mlflow")
-    pytest.importorskip("mlflow.pyfunc")
+mlflow = pytest.importorskip("mlflow")
+pytest.importorskip("mlflow.pyfunc")
 
 # MLflow 3.17 with pandas 3: pandas.errors.Pandas4Warning, of MLflow's own comparison.
 pytestmark = pytest.mark.filterwarnings("ignore:Operation with range is deprecated")

@@ -14,7 +14,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,11 +24,8 @@ import xarray as xr
 import xr_aimz
 
 os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
-with warnings.catch_warnings():
-    # MLflow warns of its own type hints as it is imported.
-    warnings.simplefilter("ignore")
-    mlflow = pytest.importorskip("mlflow")
-    pytest.importorskip("mlflow.pyfunc")
+mlflow = pytest.importorskip("mlflow")
+pytest.importorskip("mlflow.pyfunc")
 
 pytestmark = [
     pytest.mark.slow,
@@ -262,6 +258,14 @@ def test_a_gap_is_a_gap_in_its_own_row(served, data, fit, table):
     answer = post(served, holed)
     assert answer.isna().all(axis=1).tolist() == [False, True, False]
     assert_answers(answer.iloc[[0, 2]], pred.isel(row=[0, 2]))
+
+
+def test_the_models_own_example_is_a_request(served, registered, data, fit):
+    folder = mlflow.artifacts.download_artifacts(registered[0])
+    example = mlflow.models.Model.load(folder).get_serving_input(folder)
+    answer = post(served, json.loads(example))
+    pred = data.isel(time=[0]).aimz.predict(fit, summary=STATISTICS).isel(time=0)
+    assert_answers(answer, pred.isel(site=slice(0, 5)))
 
 
 def test_what_cannot_be_is_refused_over_http_by_name(served, table):
