@@ -93,9 +93,9 @@ def test_nobodys_code_runs_unasked(foreign):
     with pytest.raises(ModelError, match="foreign_line:line"):
         xr_aimz.mlflow.load_model(foreign)
     assert sys.path == path
-    told = {"trust_import": False}
-    with pytest.raises(ModelError, match="MLFLOW_PYFUNC_INFERENCE_CONFIG"):
-        mlflow.pyfunc.load_model(str(foreign), model_config=told)
+    for told in (False, "false", "true", 1):
+        with pytest.raises(ModelError, match="MLFLOW_PYFUNC_INFERENCE_CONFIG"):
+            mlflow.pyfunc.load_model(str(foreign), model_config={"trust_import": told})
     assert not ran(foreign)
     assert "foreign_line" not in sys.modules
 

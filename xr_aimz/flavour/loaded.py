@@ -93,7 +93,8 @@ class _Answering(Predictor):
 
 def load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Predictor:
     """What ``mlflow.pyfunc.load_model`` calls; ``model_config`` says whether code is trusted."""
-    if not (model_config or {}).get(TRUST, False):
+    # Nothing but true is a yes: "false" as text would be one.
+    if (model_config or {}).get(TRUST) is not True:
         raise ModelError(
             "this model was saved without trust_import=True, and serving it imports its code. If "
             "you trust whoever saved it, say so: mlflow.pyfunc.load_model(uri, model_config="
