@@ -20,3 +20,15 @@ def network(x, y=None):
     last = nnx_module("last", nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
     with xr_aimz.plate("time"):
         numpyro.sample("y", dist.Normal(last(hidden(x[..., None]))[..., 0], 1), obs=y)
+
+
+def local(x, y=None):
+    with xr_aimz.plate("time"):
+        level = numpyro.sample("level", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(level * x, 1), obs=y)
+
+
+def guide(x, y=None):
+    place = numpyro.param("place", 0.0)
+    scale = numpyro.param("scale", 1.0, constraint=dist.constraints.positive)
+    numpyro.sample("slope", dist.Normal(place, scale))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,15 +16,17 @@ from xr_aimz.binding import Binding, block_of
 from xr_aimz.bound import Bound
 from xr_aimz.cell_diagnostics import cell_concerns
 from xr_aimz.device import run, traced
+from xr_aimz.further import Kept
 from xr_aimz.infer.cells import FLAGS
 from xr_aimz.infer.problem import Draws
+from xr_aimz.infer.worded import words_of
 from xr_aimz.kernel import Program, predictive
 from xr_aimz.labelling import label
 from xr_aimz.labels import label_words
 from xr_aimz.model import Site
 from xr_aimz.posterior import Fit
 
-__all__ = ["assemble", "concerns_of", "labelled", "labelled_draws", "wanted"]
+__all__ = ["Further", "assemble", "concerns_of", "labelled", "labelled_draws", "wanted"]
 
 _STATUS = {
     "long_name": "how the fit of a cell went",
@@ -42,7 +43,27 @@ def labelled(bound: Bound, drawn: Draws, arrays: Mapping[str, jax.Array], first:
     fitted = assemble(bound, labelled_draws(bound, values, drawn.shape, first), drawn)
     if drawn.more is None:
         return fitted
-    return replace(fitted, more=partial(_further, bound, drawn, arrays, first + drawn.shape[1]))
+    return replace(fitted, more=Further(bound, drawn, arrays, first + drawn.shape[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Further:
+    """Further draws, numbered from ``first`` on: what a Fit calls as ``more``."""
+
+    bound: Bound
+    drawn: Draws
+    arrays: Mapping[str, jax.Array]
+    first: int
+
+    def __call__(self, draws: int, seed: int) -> Fit:
+        return _further(self.bound, self.drawn, self.arrays, self.first, draws, seed)
+
+    def kept(self) -> Kept | None:
+        """What a store keeps of it; None of a method that it has no place for."""
+        origin = self.drawn.origin
+        if origin is None:
+            return None
+        return Kept(replace(origin, by=words_of(origin.by)), self.bound.inputs, self.first)
 
 
 def wanted(bound: Bound) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ __all__ = [
     "BlockSizeError",
     "ChunkError",
     "ConvergenceWarning",
+    "DamagedStoreError",
     "DimensionError",
     "DtypeError",
     "IncompleteStoreError",
@@ -96,6 +97,10 @@ class RandomnessError(AimzError, NotImplementedError):
 
 class StoreError(AimzError, FileExistsError):
     """The store cannot be written as asked: choose another path or mode."""
+
+
+class DamagedStoreError(AimzError, ValueError):
+    """A store is not as it was written, or holds what no fit does: take another copy."""
 
 
 class IncompleteStoreError(AimzError, FileNotFoundError):

@@ -37,7 +37,7 @@ from xr_aimz.posterior import Fit
 from xr_aimz.record import options_of, versions
 from xr_aimz.shelf import Stored
 
-__all__ = ["fit"]
+__all__ = ["fit", "for_masked", "problem_of"]
 
 Infer = Callable[[Problem], Draws]
 
@@ -208,22 +208,34 @@ def _fit_whole(
     bound: Bound, method: Any, by: Callable[[Callable, Any], Infer], infer: Infer, batch: Any
 ) -> Fit:
     """One fit of all the data, ``by`` a method on a model: a masked one where data are missing."""
-    shown, streamed = bound.inputs, batch is not None
-    if streamed:
+    if batch is not None:
         batch_sizes(batch, bound.binding, bound.inputs)
-        # Nothing else is loaded here: what shows how the model takes missing values.
-        shown = sample_with_gaps(bound.binding, bound.inputs)
+    problem, arrays = problem_of(bound, streamed=batch is not None)
+    if problem.model is not bound.model:
+        infer = by(problem.model, for_masked(method, bound, problem.model))
+    return labelled(bound, infer(problem), arrays)
+
+
+def problem_of(bound: Bound, *, streamed: bool) -> tuple[Problem, Mapping[str, jax.Array]]:
+    """What an inference is given, and the arrays that were loaded for it.
+
+    Of data that are ``streamed`` nothing stays loaded but what shows how the model takes
+    missing values.
+    """
+    shown = sample_with_gaps(bound.binding, bound.inputs) if streamed else bound.inputs
     check_fits(bound.binding, shown.arrays)
     arrays = _load(bound.binding, shown)
     model = _without_gaps(bound, shown, arrays)
-    if model is not bound.model:
-        wrap = partial(masked, binding=bound.binding, sites=bound.sites)
-        infer = by(model, on_model(method, bound.model, model, wrap))
     whole = {} if streamed else arrays
     block = block_of(bound.binding, bound.inputs.sizes)
     arguments = arrange(bound.binding, whole, bound.inputs.dims, block)
-    problem = Problem(model, arguments, block, bound.sites, bound.binding, bound.inputs)
-    return labelled(bound, infer(problem), whole)
+    return Problem(model, arguments, block, bound.sites, bound.binding, bound.inputs), whole
+
+
+def for_masked(method: Any, bound: Bound, model: Callable) -> Any:
+    """``method=`` for a model that leaves missing values out."""
+    wrap = partial(masked, binding=bound.binding, sites=bound.sites)
+    return on_model(method, bound.model, model, wrap)
 
 
 def _fit_cells(bound: Bound, method: CellMethod, seed: int, store: Any, progress: bool) -> Fit:

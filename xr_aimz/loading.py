@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,10 +11,14 @@ import numpy as np
 import xarray as xr
 
 from xr_aimz.binding import LAYOUTS, Argument, Binding, Source
-from xr_aimz.errors import StoreError
+from xr_aimz.bound import Bound
+from xr_aimz.errors import DamagedStoreError
+from xr_aimz.further import Kept, Origin
+from xr_aimz.inputs import Inputs
 from xr_aimz.model import Plate, Site
 from xr_aimz.packing import unpack
 from xr_aimz.posterior import Fit
+from xr_aimz.reopened import Reopened, Unkept
 from xr_aimz.saving import FORMAT
 from xr_aimz.source import found_again
 from xr_aimz.storable import restored
@@ -21,8 +26,25 @@ from xr_aimz.verified import Vault
 
 __all__ = ["load_fit"]
 
+# What reading something else than a spec as one comes to.
+_NOT_A_SPEC = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
-def load_fit(store: Any, model: Callable | None = None, *, trust_import: bool = False) -> Fit:
+
+def load_fit(
+    store: Any,
+    model: Callable | None = None,
+    *,
+    method: Any = None,
+    trust_import: bool = False,
+) -> Fit:
     """A fit as :meth:`xr_aimz.Fit.save` wrote it.
 
     Parameters
@@ -30,6 +52,10 @@ def load_fit(store: Any, model: Callable | None = None, *, trust_import: bool = 
     store : path, URL or Zarr store
     model : callable, optional
         The model of the fit. Its source must be what it was.
+    method : optional
+        What :func:`xr_aimz.fit` was given as ``method``, where :meth:`Fit.sample` needs it: a
+        kernel, an SVI or a guide of the caller's own. Names, HMC, NUTS and autoguides with
+        plain settings are made again from the store.
     trust_import : bool
         Import the model by the path in the store. That runs the module of that name, so trust
         both; by default nothing is imported and none of the store's content can run.
@@ -41,9 +67,11 @@ def load_fit(store: Any, model: Callable | None = None, *, trust_import: bool = 
 
     Raises
     ------
-    StoreError
-        The store is not whole, was changed or damaged, or has something in it that no fit has:
-        the message says what and where.
+    IncompleteStoreError
+        There is no store, or it was not written to its end.
+    DamagedStoreError
+        The store was changed or damaged, or has something in it that no fit has: the message
+        says what and where.
     ModelError
         No model is given, or its source is not that of the fit.
 
@@ -54,23 +82,63 @@ def load_fit(store: Any, model: Callable | None = None, *, trust_import: bool = 
     """
     vault = Vault.opened(store)
     if vault.spec.get("format") != FORMAT:
-        raise StoreError(
+        raise DamagedStoreError(
             f"{vault.name} has format {vault.spec.get('format')!r}; this version reads {FORMAT}"
         )
     vault.verify()
     reader = _Reader(vault)
     try:
         fields = _fields(vault.spec, reader)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise StoreError(
+        further = vault.spec["further"]
+        kept = None if further is None else _kept(further, fields, reader)
+        told, token = vault.spec["model"], str(vault.spec["token"])
+        known = {name: told[name] for name in ("name", "path", "sha256")}
+    except DamagedStoreError:
+        raise
+    except _NOT_A_SPEC as error:
+        raise DamagedStoreError(
             f"{vault.name}: the spec is none that a fit has ({type(error).__name__}: {error})"
         ) from error
     # Last: nothing is imported before all else was found to be as it was written.
-    found = found_again(vault.spec["model"], model, trust_import)
+    found = found_again(known, model, trust_import)
     fit = Fit(model=found, **fields)
-    if fit.token != vault.spec["token"]:
-        raise StoreError(f"{vault.name}: the draws are not those of the fit {fit.token!r}")
-    return fit
+    if fit.token != token:
+        raise DamagedStoreError(f"{vault.name}: the draws are not those of the fit {fit.token!r}")
+    more = _more(fit, further is not None, kept, method, trust_import)
+    return replace(fit, more=more)
+
+
+def _kept(spec: Mapping[str, Any], fields: Mapping[str, Any], reader: _Reader) -> Kept | None:
+    """What further draws are taken from; None where the method has nothing to keep."""
+    if spec["kind"] is None:
+        return None
+    if spec["kind"] not in ("batches", "chains", "guide"):
+        raise ValueError(f"further draws of {spec['kind']!r}")
+    coords = reader.dataset(spec["coords"])
+    groups = (fields["observed_data"], fields["constant_data"])
+    arrays = {}
+    for source in (s for a in fields["binding"].arguments for s in a.sources):
+        group = next((g for g in groups if source.name in g), coords)
+        arrays[source.key] = group[source.name]
+    labels = {
+        d: xr.IndexVariable(d, reader.array(entry)).to_index()
+        for d, entry in spec["labels"].items()
+    }
+    inputs = Inputs(arrays, dict(spec["sizes"]), labels, coords, tuple(spec["scalars"]))
+    tree, by = reader.unpack(spec["tree"]), reader.unpack(spec["by"])
+    origin = Origin(spec["kind"], reader.unpack(spec["settings"]), tree, by)
+    return Kept(origin, inputs, int(spec["first"]))
+
+
+def _more(
+    fit: Fit, further: bool, kept: Kept | None, method: Any, trust_import: bool
+) -> Callable[[int, int], Fit] | None:
+    if not further:
+        return None
+    if kept is None:
+        return Unkept(fit.method)
+    bound = Bound(fit.model, fit.binding, kept.inputs, fit.sites)
+    return Reopened(bound, kept, fit, method, trust_import)
 
 
 class _Reader:

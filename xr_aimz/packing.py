@@ -19,7 +19,7 @@ from numpyro.contrib.module import ParamShape
 from numpyro.infer.hmc import HMCState
 from numpyro.infer.hmc_util import HMCAdaptState
 
-from xr_aimz.errors import StoreError
+from xr_aimz.errors import DamagedStoreError, StoreError
 
 __all__ = ["pack", "unpack"]
 
@@ -94,20 +94,20 @@ def unpack(found: Any, get: Get) -> Any:
 
     Raises
     ------
-    StoreError
+    DamagedStoreError
         It is not of that kind.
     """
     if found is None or isinstance(found, (bool, int, float, str)):
         return found
     if not isinstance(found, dict) or len(found) != 1:
-        raise StoreError(f"{str(found)[:80]!r} is no packed value")
+        raise DamagedStoreError(f"{str(found)[:80]!r} is no packed value")
     ((kind, inner),) = found.items()
     if kind not in _UNPACKED:
-        raise StoreError(f"{kind!r} is no kind of value; there are {sorted(_UNPACKED)!r}")
+        raise DamagedStoreError(f"{kind!r} is no kind of value; there are {sorted(_UNPACKED)!r}")
     try:
         return _UNPACKED[kind](inner, get)
     except (TypeError, ValueError, KeyError) as error:
-        raise StoreError(f"{str(inner)[:80]!r} is no {kind}: {error}") from error
+        raise DamagedStoreError(f"{str(inner)[:80]!r} is no {kind}: {error}") from error
 
 
 def _class(inner: Any, get: Get) -> Any:
@@ -118,7 +118,7 @@ def _class(inner: Any, get: Get) -> Any:
 def _key(inner: Any, get: Get) -> Any:
     generator, name = inner
     if generator not in _GENERATORS:
-        raise StoreError(f"{generator!r} is no random number generator of {_GENERATORS!r}")
+        raise DamagedStoreError(f"{generator!r} is no random number generator of {_GENERATORS!r}")
     return jax.random.wrap_key_data(jnp.asarray(get(name)), impl=generator)
 
 

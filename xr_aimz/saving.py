@@ -17,6 +17,7 @@ import xarray as xr
 
 from xr_aimz.binding import Argument, Binding
 from xr_aimz.errors import StoreError
+from xr_aimz.further import Kept
 from xr_aimz.model import Site
 from xr_aimz.packing import pack
 from xr_aimz.source import told
@@ -121,6 +122,28 @@ def _spec(fit: Any, box: _Box) -> dict[str, Any]:
         "datasets": {name: box.dataset(name, ds) for name, ds in groups.items()},
         "params": box.pack(dict(fit.params), "params", "params"),
         "state": box.pack(dict(fit.state), "state", "state"),
+        "further": None if fit.more is None else _further(fit.more.kept(), box),
+    }
+
+
+def _further(kept: Kept | None, box: _Box) -> dict[str, Any]:
+    """What further draws are taken from; the data are in the groups."""
+    if kept is None:
+        return {"kind": None}
+    origin, inputs = kept.origin, kept.inputs
+    return {
+        "kind": origin.kind,
+        "settings": box.pack(dict(origin.settings), "further", "settings"),
+        "by": box.pack(origin.by, "further", "the method"),
+        "tree": box.pack(origin.tree, "further", f"the state of {origin.kind}"),
+        "first": kept.first,
+        "sizes": dict(inputs.sizes),
+        "labels": {
+            d: box.put("labels", xr.IndexVariable(d, index).values, f"labels of {d!r}")
+            for d, index in inputs.labels.items()
+        },
+        "coords": box.dataset("coordinates", inputs.coords),
+        "scalars": list(inputs.scalars),
     }
 
 

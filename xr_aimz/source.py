@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from xr_aimz.errors import ModelError, StoreError
+from xr_aimz.errors import DamagedStoreError, ModelError
 from xr_aimz.record import readable
 
 __all__ = ["found_again", "told"]
@@ -101,7 +101,7 @@ def found_again(
     ------
     ModelError
         The source differs, or there is nothing to take.
-    StoreError
+    DamagedStoreError
         The path leads to no model.
     """
     if given is not None:
@@ -125,14 +125,16 @@ def found_again(
 def _imported(spec: Mapping[str, Any], path: str, what: str) -> Callable:
     module, _, qualname = path.partition(":")
     if not _is_path(path) or module.partition(".")[0] in {*sys.stdlib_module_names, "__main__"}:
-        raise StoreError(f"{path!r} is no import path of a {what}; nothing was imported")
+        raise DamagedStoreError(f"{path!r} is no import path of a {what}; nothing was imported")
     try:
         home = import_module(module)
     except Exception as error:
         raise ModelError(f"importing {module!r} failed ({error}); give the {what}") from error
     found = _reached(home, qualname)
     if not callable(found) or _path(found) != path or not _names_numpyro(home):
-        raise StoreError(f"{path!r} is no {what} of a module that uses NumPyro; give the {what}")
+        raise DamagedStoreError(
+            f"{path!r} is no {what} of a module that uses NumPyro; give the {what}"
+        )
     _check_same(spec, found, what)
     if spec.get("sha256") is None:
         raise ModelError(f"the store has no digest of {path!r} to compare; give the {what}")

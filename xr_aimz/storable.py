@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from xr_aimz.errors import StoreError
+from xr_aimz.errors import DamagedStoreError, StoreError
 
 __all__ = ["restored", "stored"]
 
@@ -110,7 +110,7 @@ def restored(values: np.ndarray, how: Mapping[str, str]) -> np.ndarray:
 
     Raises
     ------
-    StoreError
+    DamagedStoreError
         ``how`` is not one of its answers.
     """
     dtype = how.get("dtype")
@@ -130,7 +130,7 @@ def restored(values: np.ndarray, how: Mapping[str, str]) -> np.ndarray:
         return values.view(np.dtype(dtype).newbyteorder("=")).astype(dtype)
     if isinstance(dtype, str) and _is_plain(dtype, values.dtype):
         return values.astype(dtype)
-    raise StoreError(f"an array of {values.dtype} cannot have been one of {dict(how)!r}")
+    raise DamagedStoreError(f"an array of {values.dtype} cannot have been one of {dict(how)!r}")
 
 
 def _is_plain(dtype: str, held: np.dtype) -> bool:

@@ -24,7 +24,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from xr_aimz import manifest
-from xr_aimz.errors import MemoryLimitError, StoreError
+from xr_aimz.errors import DamagedStoreError, IncompleteStoreError, MemoryLimitError
 from xr_aimz.memory import available
 from xr_aimz.vault import DIGEST, SPEC, content_digest, digest, grid, is_path
 
@@ -61,17 +61,17 @@ class Vault:
 
         Raises
         ------
-        StoreError
+        DamagedStoreError
             It is not the store of a fit, or not as it was written.
         """
         name, into = repr(str(store)), manifest.as_store(store)
         _check_links(name, into)
         attributes = _mapping(_json(name, into, manifest.ROOT).get("attributes"))
         if SPEC not in attributes:
-            raise StoreError(f"{name} is no saved fit: its root has no attribute {SPEC!r}")
+            raise DamagedStoreError(f"{name} is no saved fit: its root has no attribute {SPEC!r}")
         spec = _mapping(attributes[SPEC])
         if digest(spec) != attributes.get(DIGEST):
-            raise StoreError(
+            raise DamagedStoreError(
                 f"{name}: the spec was changed after it was written (sha256 {digest(spec)}, "
                 f"written was {attributes.get(DIGEST)!r})"
             )
@@ -82,32 +82,38 @@ class Vault:
 
         Raises
         ------
-        StoreError
+        DamagedStoreError
             Says what is missing or differs.
         """
         for group, told in _mapping(self.spec.get("groups")).items():
             if not is_path(f"{group}/x"):
-                raise StoreError(f"{self.name}: {group!r} is no name of a group")
+                raise DamagedStoreError(f"{self.name}: {group!r} is no name of a group")
             document = self._json(f"{group}/{manifest.ROOT}")
             if digest(document) != told or document.get("node_type") != "group":
-                raise StoreError(f"{self.name}: the metadata of group {group!r} was changed")
+                raise DamagedStoreError(
+                    f"{self.name}: the metadata of group {group!r} was changed"
+                )
         for path, entry in _mapping(self.spec.get("arrays")).items():
             self._verify_array(path, _mapping(entry))
 
     def _verify_array(self, path: str, entry: Mapping[str, Any]) -> None:
         if not is_path(path):
-            raise StoreError(f"{self.name}: {path!r} is no path of an array within the store")
+            raise DamagedStoreError(
+                f"{self.name}: {path!r} is no path of an array within the store"
+            )
         document = self._json(f"{path}/{manifest.ROOT}")
         if digest(document) != entry.get("metadata"):
-            raise StoreError(f"{self.name}: the metadata of array {path!r} was changed")
+            raise DamagedStoreError(f"{self.name}: the metadata of array {path!r} was changed")
         _check_metadata(self.name, path, document)
         count = entry.get("chunks")
         if count != prod(grid(document)):
-            raise StoreError(f"{self.name}: array {path!r} cannot have {count!r} chunks")
+            raise DamagedStoreError(f"{self.name}: array {path!r} cannot have {count!r} chunks")
         there = {key.removeprefix(f"{path}/") for key in sync(_listed(self.store, path))}
         absent = count - sum(_is_chunk(key, grid(document)) for key in there)
         if absent > 0:
-            raise StoreError(f"{self.name}: array {path!r} lacks {absent} of its {count} chunks")
+            raise DamagedStoreError(
+                f"{self.name}: array {path!r} lacks {absent} of its {count} chunks"
+            )
         self._check_room(path, document)
 
     def _check_room(self, path: str, document: Mapping[str, Any]) -> None:
@@ -134,18 +140,18 @@ class Vault:
             found = np.asarray(array[...], array.dtype)
         except Exception as error:
             # Whatever a codec raises of bytes that are not its own.
-            raise StoreError(
+            raise DamagedStoreError(
                 f"{self.name}: array {path!r} cannot be read, a chunk of it is damaged "
                 f"({type(error).__name__}: {error})"
             ) from error
         if content_digest(found) != _mapping(self.spec["arrays"][path]).get("values"):
-            raise StoreError(f"{self.name}: the values of array {path!r} were changed")
+            raise DamagedStoreError(f"{self.name}: the values of array {path!r} were changed")
         return found
 
     def lazy(self, path: str) -> zarr.Array:
         """An array that is verified as far as its metadata."""
         if path not in _mapping(self.spec.get("arrays")):
-            raise StoreError(f"{self.name}: the spec lists no array {path!r}")
+            raise DamagedStoreError(f"{self.name}: the spec lists no array {path!r}")
         return zarr.open_array(self.store, path=path, mode="r", zarr_format=3)
 
     def chunked(
@@ -153,7 +159,7 @@ class Vault:
     ) -> xr.Variable:
         """A dask-backed variable under that name: chunks are read when they are asked for."""
         if path not in _mapping(self.spec.get("arrays")):
-            raise StoreError(f"{self.name}: the spec lists no array {path!r}")
+            raise DamagedStoreError(f"{self.name}: the spec lists no array {path!r}")
         group, _, variable = path.partition("/")
         opened = xr.open_zarr(
             self.store,
@@ -164,25 +170,29 @@ class Vault:
         )
         found = opened.variables[variable]
         if found.shape != tuple(map(sum, chunks)) or tuple(found.dims) != tuple(dims):
-            raise StoreError(f"{self.name}: chunks {chunks!r} do not make the array {path!r}")
+            raise DamagedStoreError(
+                f"{self.name}: chunks {chunks!r} do not make the array {path!r}"
+            )
         return found.chunk(dict(zip(dims, chunks, strict=True)), name=name)
 
 
 def _json(name: str, store: Store, key: str) -> Mapping[str, Any]:
     found = sync(store.get(key, default_buffer_prototype()))
+    if found is None and key == manifest.ROOT:
+        begun = manifest.read(store) is not None
+        why = "it was not written to its end, save the fit again" if begun else "there is none"
+        raise IncompleteStoreError(f"{name} is no whole store of a fit: {why}")
     if found is None:
-        unfinished = key == manifest.ROOT and manifest.read(store) is not None
-        why = "it was not written to its end" if unfinished else f"{key!r} is missing"
-        raise StoreError(f"{name} is no whole store: {why}")
+        raise DamagedStoreError(f"{name} is no whole store: {key!r} is missing")
     try:
         return _mapping(json.loads(found.to_bytes()))
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"{name}: {key!r} is no JSON ({error})") from error
+        raise DamagedStoreError(f"{name}: {key!r} is no JSON ({error})") from error
 
 
 def _mapping(found: Any) -> Mapping[str, Any]:
     if not isinstance(found, dict):
-        raise StoreError(f"{str(found)[:80]!r} stands where the spec has a mapping")
+        raise DamagedStoreError(f"{str(found)[:80]!r} stands where the spec has a mapping")
     return found
 
 
@@ -207,7 +217,7 @@ def _check_metadata(name: str, path: str, document: Mapping[str, Any]) -> None:
         and codecs[-1] == "crc32c"
     )
     if not good:
-        raise StoreError(
+        raise DamagedStoreError(
             f"{name}: array {path!r} has a dtype, codec or layout that no saved fit has: "
             f"{told['data_type']!r}, codecs {codecs!r}"
         )
@@ -237,7 +247,7 @@ def _check_links(name: str, store: Store) -> None:
         return
     links = [p for p in Path(store.root).rglob("*") if p.is_symlink()]
     if links:
-        raise StoreError(
+        raise DamagedStoreError(
             f"{name}: {str(links[0].relative_to(store.root))!r} is a link, which may lead out of "
             "the store; no saved fit has any"
         )

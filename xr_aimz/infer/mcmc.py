@@ -18,10 +18,12 @@ from numpyro.infer import HMC, MCMC, NUTS, init_to_uniform, init_to_value
 from numpyro.infer.mcmc import MCMCKernel
 
 from xr_aimz.errors import ModelError, OptionError
+from xr_aimz.further import Origin
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.model import tracing
 
 __all__ = [
+    "continuation",
     "counted",
     "init_strategy",
     "kernel_for",
@@ -123,14 +125,27 @@ def _drawn(problem: Problem, sampler: MCMC, seed: int) -> Draws:
         stats=_stats(extra),
         method=f"{type(sampler.sampler).__name__}, {counted(sampler.num_chains, 'chain')}, "
         f"{counted(sampler.num_warmup, 'warmup step')}",
-        more=_continuation(problem, sampler),
+        more=continuation(problem, sampler, sampler.last_state),
+        origin=_origin(sampler),
     )
 
 
-def _continuation(problem: Problem, sampler: MCMC) -> Callable[[int, int], Draws]:
+def _origin(sampler: MCMC) -> Origin | None:
+    if type(sampler.sampler) not in (HMC, NUTS):
+        return None
+    settings = {
+        "chains": sampler.num_chains,
+        "warmup": sampler.num_warmup,
+        "thinning": sampler.thinning,
+    }
+    return Origin("chains", settings, sampler.last_state, sampler.sampler)
+
+
+def continuation(problem: Problem, sampler: MCMC, state: Any) -> Callable[[int, int], Draws]:
+    """Further draws of chains that go on from a state."""
     # Of this moment: the caller may run an MCMC of their own again.
     there = copy.copy(sampler)
-    there.post_warmup_state = sampler.last_state
+    there.post_warmup_state = state
 
     def more(draws: int, seed: int) -> Draws:
         further = copy.copy(there)

@@ -18,23 +18,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.infer import SVI
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.optim import SGD
 from tqdm.auto import tqdm
 
 from xr_aimz.batches import Visit, batch_sizes, epoch
 from xr_aimz.checkpoint import Checkpoint
 from xr_aimz.errors import OptionError
+from xr_aimz.further import Origin
 from xr_aimz.infer.batchable import check_guide, check_model, check_start, local_sites
 from xr_aimz.infer.entry_draws import draw_entries
 from xr_aimz.infer.losses import History
 from xr_aimz.infer.problem import Draws, Problem
-from xr_aimz.infer.svi import sample_guide
+from xr_aimz.infer.svi import check_params, sample_guide
 from xr_aimz.infer.training import Training, training
 from xr_aimz.model import tracing
 from xr_aimz.options import get_options
 from xr_aimz.stream import ahead, stream
 
-__all__ = ["LAST_RATE", "Settings", "run"]
+__all__ = ["LAST_RATE", "Settings", "reopened", "run"]
 
 # A batch's gradient is noise many times over: what is left of it in the guide shrinks with
 # the last steps, so these are smaller than those of a full-batch fit.
@@ -302,7 +304,36 @@ def _drawn(
         epoch_steps=made.per_epoch,
         state=state.packed(),
         more=more,
+        origin=None if ready.svi.static_kwargs else _origin(ready, leaves),
     )
+
+
+def _origin(ready: Training, leaves: list[Any]) -> Origin:
+    """The params as they are trained, unconstrained and with entries as rows; no optimizer."""
+    state = jax.tree.unflatten(ready.structure, leaves)
+    params = ready.svi.optim.get_params(state.optim_state)
+    return Origin("batches", {"sizes": dict(ready.data.batches.sizes)}, params, ready.guide)
+
+
+def reopened(
+    problem: Problem, guide: Any, sizes: Mapping[str, int], params: Mapping[str, Any]
+) -> Callable[[int, int], dict[str, np.ndarray]]:
+    """Further draws of a guide that was trained before, with those params of :func:`_origin`."""
+    binding, inputs = problem.binding, problem.inputs
+    assert inputs is not None
+    assert binding is not None
+    # Whichever optimizer: its state is the params.
+    made = SVI(problem.model, guide, SGD(0.0), Trace_ELBO())
+    data = stream(binding, inputs, sizes, get_options()["block_bytes"], 0)
+    ready = training(problem, made, data, jax.random.key(0))
+    start = jax.tree.unflatten(ready.structure, ready.start)
+    check_params(ready.svi.optim.get_params(start.optim_state), params)
+    leaves = jax.tree.leaves(start._replace(optim_state=ready.svi.optim.init(params)))
+
+    def more(draws: int, seed: int) -> dict[str, np.ndarray]:
+        return _samples(ready, leaves, jax.random.key(seed), draws)
+
+    return more
 
 
 def _samples(ready: Training, leaves: list[Any], key: Any, draws: int) -> dict[str, np.ndarray]:

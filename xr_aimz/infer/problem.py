@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from xr_aimz.binding import Binding
+from xr_aimz.further import Origin
 from xr_aimz.inputs import Inputs
 from xr_aimz.model import Block, Site
 
@@ -64,6 +65,8 @@ class Draws:
         where the next further ones start elsewhere, as a chain does.
     state : mapping of name to array
         What a later fit goes on from, where the method can.
+    origin : Origin, optional
+        What ``more`` draws from, where a store can keep it.
     """
 
     samples: Mapping[str, np.ndarray]
@@ -79,3 +82,4 @@ class Draws:
     state: Mapping[str, Any] = field(default_factory=dict)
     loss_steps: tuple[int, ...] = ()
     status: np.ndarray | None = None
+    origin: Origin | None = None

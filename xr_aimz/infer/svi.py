@@ -8,7 +8,7 @@ chain.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,12 +19,13 @@ from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from tqdm.auto import tqdm
 
 from xr_aimz.errors import ModelError, OptionError
+from xr_aimz.further import Origin
 from xr_aimz.infer.coverage import check_guide
 from xr_aimz.infer.mcmc import init_strategy
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.model import tracing
 
-__all__ = ["FULL_RATE", "STEPS", "run", "sample_guide", "svi_for"]
+__all__ = ["FULL_RATE", "STEPS", "check_params", "reopened", "run", "sample_guide", "svi_for"]
 
 STEPS, LEARNING_RATE, FULL_RATE, LAST_RATE = 10_000, 0.05, 0.7, 1e-3
 _PIECES = 50
@@ -105,7 +106,37 @@ def run(
         losses=losses,
         full_rate_steps=int(full_rate * steps),
         more=more,
+        origin=None if svi.static_kwargs else Origin("guide", {}, params, svi.guide),
     )
+
+
+def reopened(
+    problem: Problem, guide: Any, params: Mapping[str, Any]
+) -> Callable[[int, int], dict[str, np.ndarray]]:
+    """Further draws of a guide that was trained before."""
+    svi = SVI(problem.model, guide, numpyro.optim.SGD(0.0), Trace_ELBO())
+    with tracing(problem.block):
+        # An autoguide knows its sites once it has seen the model.
+        check_params(svi.get_params(svi.init(jax.random.key(0), **problem.arguments)), params)
+
+    def more(draws: int, seed: int) -> dict[str, np.ndarray]:
+        with tracing(problem.block):
+            return sample_guide(guide, problem, params, jax.random.key(seed), draws)
+
+    return more
+
+
+def check_params(like: Any, params: Any) -> None:
+    """Refuse params that are not of the guide."""
+    ours, theirs = (
+        {jax.tree_util.keystr(k): np.shape(v) for k, v in jax.tree_util.tree_leaves_with_path(x)}
+        for x in (like, params)
+    )
+    if ours != theirs:
+        raise OptionError(
+            f"the guide has params {ours!r}, and those that are kept are {theirs!r}; give the "
+            "guide of the fit"
+        )
 
 
 def _optimize(
