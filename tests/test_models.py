@@ -17,7 +17,7 @@ import xarray as xr
 import yaml
 
 import xr_aimz
-from xr_aimz.errors import MissingExtraError, ModelError, OptionError, StoreError
+from xr_aimz.errors import DamagedStoreError, MissingExtraError, ModelError, OptionError
 
 os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 mlflow = pytest.importorskip("mlflow")
@@ -157,10 +157,10 @@ def test_a_damaged_store_is_refused(fit, tmp_path):
         with zipfile.ZipFile(store, "w") as archive:
             for name, content in changed.items():
                 archive.writestr(name, content)
-        with pytest.raises(StoreError, match=named):
+        with pytest.raises(DamagedStoreError, match=named):
             xr_aimz.mlflow.load_model(tmp_path / "model", line)
     store.write_bytes(b"no zip")
-    with pytest.raises(StoreError, match="no zip file"):
+    with pytest.raises(DamagedStoreError, match="no zip file"):
         xr_aimz.mlflow.load_model(tmp_path / "model", line)
     assert not list(tmp_path.parent.rglob("outside"))
 

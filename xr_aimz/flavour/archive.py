@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import zarr
 from zarr.storage import ZipStore
 
-from xr_aimz.errors import StoreError
+from xr_aimz.errors import DamagedStoreError
 from xr_aimz.loading import load_fit
 from xr_aimz.posterior import Fit
 
@@ -40,18 +40,18 @@ def read(path: Path, model: Callable | None, *, trust_import: bool) -> Fit:
 
     Raises
     ------
-    StoreError
+    DamagedStoreError
         It is no zip file, holds no saved fit, or one that was changed.
     ModelError
         No model is given, or its source is not that of the fit.
     """
     if not zipfile.is_zipfile(path):
-        raise StoreError(f"{str(path)!r} is no zip file of a saved fit")
+        raise DamagedStoreError(f"{str(path)!r} is no zip file of a saved fit")
     with zipfile.ZipFile(path) as archive:
         counts = Counter(archive.namelist())
     odd = [n for n in counts if ".." in n.split("/") or n.startswith("/") or counts[n] > 1]
     if odd:
-        raise StoreError(
+        raise DamagedStoreError(
             f"{str(path)!r} has entries {odd[:3]!r}, which lead out of it or are there twice; no "
             "saved fit has any"
         )
@@ -60,5 +60,5 @@ def read(path: Path, model: Callable | None, *, trust_import: bool) -> Fit:
         # A store of zarr's is opened by what first uses it, and must be before it is listed.
         zarr.open_group(store, mode="r")
     except (FileNotFoundError, ValueError) as error:
-        raise StoreError(f"{str(path)!r} holds no Zarr group: {error}") from error
+        raise DamagedStoreError(f"{str(path)!r} holds no Zarr group: {error}") from error
     return load_fit(store, model, trust_import=trust_import)

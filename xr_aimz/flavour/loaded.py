@@ -58,7 +58,7 @@ def load_model(
 
     Raises
     ------
-    ModelError, StoreError
+    ModelError, DamagedStoreError
         As :func:`xr_aimz.load_fit` does.
 
     Examples
