@@ -7,7 +7,7 @@ and lays out the graph. Nothing is computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -39,7 +39,7 @@ from xr_aimz.reduction import outputs as reduced
 from xr_aimz.unseen import latent_draws
 from xr_aimz.upstream import Origin, origins
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "check_split_along", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,10 @@ class Evaluation:
         block = block_of(self.fit.binding, sizes)
         return traced(self.factory(self.program, sizes), block, *self.structs(sizes))
 
+    def padded(self, cut: Plan) -> dict[str, int]:
+        """The size to which blocks are padded, so that one program serves all of them."""
+        return {d: cut.largest(d) for d in self.fit.binding.cut_dims}
+
     def reached(self, site: str) -> set[str]:
         """The arrays and sites that a site is made from."""
         sizes = self.inputs.sizes
@@ -158,6 +162,26 @@ class Evaluation:
         return {str(n).removeprefix("array ") for n in found}
 
 
+def check_split_along(wanted: Evaluation, cut: Plan, dims: Iterable[str], name: str) -> None:
+    """Refuse what could not be cut along these dims, whether or not it is going to be.
+
+    Parameters
+    ----------
+    wanted : Evaluation
+    cut : Plan
+    dims : iterable of str
+    name : str
+        Of the program, as :meth:`Evaluation.traced` gives it.
+
+    Raises
+    ------
+    ModelError
+    """
+    halved = replace(cut, chunks={**cut.chunks, **dict.fromkeys(dims, (1, 1))})
+    _check_cut(wanted, halved)
+    _check_coupling(wanted, halved, name)
+
+
 def evaluate(wanted: Evaluation) -> xr.Dataset:
     """The sites as lazy arrays with dims, without coordinates."""
     fit, inputs, binding = wanted.fit, wanted.inputs, wanted.fit.binding
@@ -171,7 +195,7 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
     cut = planned(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
     _check_cut(wanted, cut)
     _check_coupling(wanted, cut, name)
-    padded = {d: cut.largest(d) for d in binding.cut_dims}
+    padded = wanted.padded(cut)
     if any(padded[d] != inputs.sizes[d] for d in padded):
         structs, name = wanted.traced({**inputs.sizes, **padded})
     outputs = {

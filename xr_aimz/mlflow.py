@@ -1,7 +1,8 @@
-"""Fits in MLflow: ``autolog()``, and ``log_fit`` by hand.
+"""Fits in MLflow: ``autolog``, ``log_fit``, and models that are logged, loaded and served.
 
 Needs the extra ``mlflow``. What is logged, and what happens when the server does not answer,
-is told in the rooms of :mod:`xr_aimz.tracking`.
+is told in the rooms of :mod:`xr_aimz.tracking`; what a served fit takes and gives, in those of
+:mod:`xr_aimz.flavour`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,26 @@ except ModuleNotFoundError as error:
         f'xr_aimz.mlflow needs {error.name}, which is not installed: pip install "xr_aimz[mlflow]"'
     ) from error
 
+from xr_aimz.flavour.environment import get_default_conda_env, get_default_pip_requirements
+from xr_aimz.flavour.example import input_example
+from xr_aimz.flavour.loaded import load_model
+from xr_aimz.flavour.loaded import load_pyfunc as _load_pyfunc  # noqa: F401 (MLflow calls it)
+from xr_aimz.flavour.models import log_model, save_model
+from xr_aimz.flavour.signature import infer_signature
 from xr_aimz.tracking.autologging import NAME, log_now, logged
 from xr_aimz.tracking.runs import Wanted
 
-__all__ = ["autolog", "log_fit"]
+__all__ = [
+    "autolog",
+    "get_default_conda_env",
+    "get_default_pip_requirements",
+    "infer_signature",
+    "input_example",
+    "load_model",
+    "log_fit",
+    "log_model",
+    "save_model",
+]
 
 
 @autologging_integration(NAME)  # type: ignore[untyped-decorator]
@@ -31,6 +48,8 @@ def autolog(
     log_datasets: bool = True,
     log_diagnostics: bool = True,
     log_pictures: bool = True,
+    log_models: bool = False,
+    registered_model_name: str | None = None,
     disable: bool = False,
     exclusive: bool = False,
     silent: bool = False,
@@ -59,6 +78,10 @@ def autolog(
         ``fit.diagnostics()``, and reads a lazy posterior anew.
     log_pictures : bool, default True
         ``loss.png`` or ``trace.png``; needs Matplotlib (the extra ``plot``).
+    log_models : bool, default False
+        The fit itself, as :func:`log_model` does with its defaults; a posterior may be large.
+    registered_model_name : str, optional
+        With ``log_models``: make each a version of this registered model.
     disable : bool, default False
         Log nothing.
     exclusive : bool, default False

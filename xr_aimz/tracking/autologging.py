@@ -24,6 +24,7 @@ from mlflow.utils.autologging_utils.logging_and_warnings import (
 from mlflow.utils.mlflow_tags import MLFLOW_AUTOLOGGING
 
 from xr_aimz.errors import TrackingWarning
+from xr_aimz.flavour.models import log_model
 from xr_aimz.posterior import Fit
 from xr_aimz.tracking.patience import Attempts, patience
 from xr_aimz.tracking.runs import Run, Wanted, begin, end, fill
@@ -86,7 +87,14 @@ class _Session:
         with self._calls():
             if not fill(self._run, fit, wanted or _wanted(), self._attempts):
                 return fit
-        return replace(fit, lineage={**fit.lineage, RUN_ID: self._run.id})
+        found = replace(fit, lineage={**fit.lineage, RUN_ID: self._run.id})
+        if wanted is None and _setting("log_models"):
+            register = _setting("registered_model_name")
+            with self._calls():
+                self._attempts(
+                    "the model", lambda: log_model(found, registered_model_name=register)
+                )
+        return found
 
     def end(self, error: BaseException | None = None) -> None:
         if self._run is not None:

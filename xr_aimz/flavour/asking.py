@@ -1,0 +1,110 @@
+"""The parameters of a request: what is asked of a prediction, in words that JSON has.
+
+They have the names of :func:`xr_aimz.predict`'s where they are the same. ``quantiles`` are
+kept apart from the other statistics, since a list in a request holds one kind of value.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from xr_aimz.errors import InterventionError, OptionError
+from xr_aimz.predict import Question
+
+__all__ = ["DEFAULTS", "Asked", "asked_for", "defaults_with"]
+
+DEFAULTS: Mapping[str, Any] = {
+    "summary": ["mean", "std"],
+    "quantiles": [0.05, 0.5, 0.95],
+    "returns": "summary",
+    "draws": None,
+    "seed": 0,
+    "do": None,
+    "sites": [],
+    "new_labels": "raise",
+}
+_RETURNS = ("summary", "draws")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, whether draws are to come back, and a name for what must be traced for it."""
+
+    question: Question
+    draws: bool
+    key: tuple[Any, ...]
+
+
+def defaults_with(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The parameters with their defaults, some of which may be given.
+
+    Raises
+    ------
+    OptionError
+        A parameter that there is not.
+    """
+    strangers = sorted(set(given or {}) - set(DEFAULTS))
+    if strangers:
+        raise OptionError(f"no parameter {strangers!r}; there are {sorted(DEFAULTS)!r}")
+    return {**DEFAULTS, **(given or {})}
+
+
+def asked_for(params: Mapping[str, Any] | None) -> Asked:
+    """What the parameters of a request ask.
+
+    Raises
+    ------
+    OptionError, InterventionError
+        A parameter that there is not, or a value that it cannot take.
+    """
+    given = defaults_with(params)
+    returns = given["returns"]
+    if returns not in _RETURNS:
+        raise OptionError(f"returns={returns!r}: there are {_RETURNS!r}")
+    lists = {name: list(given[name]) for name in ("summary", "quantiles", "sites")}
+    wanted = [*lists["summary"], *(float(q) for q in lists["quantiles"])]
+    if returns == "summary" and not wanted:
+        raise OptionError(
+            "summary=[] and quantiles=[] ask for nothing; give statistics, or returns='draws'"
+        )
+    question = Question(
+        sites=lists["sites"] or None,
+        do=_do(given["do"]),
+        draws=None if given["draws"] is None else int(given["draws"]),
+        seed=int(given["seed"]),
+        new_labels=given["new_labels"],
+        summary=wanted if returns == "summary" else None,
+    )
+    key = (tuple(lists["sites"]), json.dumps(question.do), question.new_labels)
+    return Asked(question, returns == "draws", key)
+
+
+def _do(given: Any) -> dict[str, Any] | None:
+    """Targets and numbers, or scenarios of them, from JSON or as they are."""
+    if given is None or given == "":
+        return None
+    try:
+        read = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise InterventionError(
+            f"do={given!r} is no JSON: {error}. Give it as text, '{{\"co2\": 280.0}}'"
+        ) from None
+    if not isinstance(read, Mapping) or not all(_is_setting(v) for v in read.values()):
+        raise InterventionError(
+            f"do={given!r}: a request sets names to numbers, {{'co2': 280.0}}, or names scenarios "
+            "of these, {'low': {'co2': 280.0}, 'high': {'co2': 560.0}}"
+        )
+    return dict(read)
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_number(v) for v in value.values())
+    return _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, bool | int | float)
