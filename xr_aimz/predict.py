@@ -194,7 +194,6 @@ def asked(ds: xr.Dataset, fit: Fit, question: Question) -> Evaluation:
     """What is to be evaluated: all that is set, given or new is among its arrays."""
     if question.new_labels not in ("raise", "sample"):
         raise OptionError(f"new_labels={question.new_labels!r}: there are {('raise', 'sample')!r}")
-    _check_cells(fit, question)
     wanted = Evaluation(
         fit,
         gather(fit.binding, ds, outcomes=False),
@@ -210,18 +209,6 @@ def asked(ds: xr.Dataset, fit: Fit, question: Question) -> Evaluation:
         new = seen(wanted.posterior, fit.sites, fit.binding, wanted.inputs)
         wanted = replace(wanted, inputs=_and(wanted.inputs, new))
     return wanted if question.condition is None else _given(ds, wanted, question.condition)
-
-
-def _check_cells(fit: Fit, question: Question) -> None:
-    beyond = {
-        "condition": question.condition is not None,
-        "new_labels": question.new_labels != "raise",
-    }
-    if fit.binding.per and any(beyond.values()):
-        raise OptionError(
-            f"{[n for n, given in beyond.items() if given]!r} do not go with a fit of each label "
-            f"of {fit.binding.per!r}: a cell that was not fitted has no posterior to draw under"
-        )
 
 
 def _under(
