@@ -55,8 +55,10 @@ def predict(
     """Posterior predictive draws for a Dataset, lazily.
 
     Gaps in the outcome are filled, for an outcome is never read. A missing input (NaN) makes
-    its cell of the outcome NaN; an outcome of ints or bools has none, and its task raises
-    ``MissingValueError``. Deterministics are what the model makes of NaN.
+    its cell of the outcome NaN. An outcome of ints or bools has none: ``MissingValueError``,
+    at once where the input is in memory, else from a task. It does not matter what is missing
+    where ``do`` replaces it, nor in a cell of a fit with ``per`` that has no draws.
+    Deterministics are what the model makes of NaN.
 
     Parameters
     ----------
@@ -88,7 +90,9 @@ def predict(
         What to do where the Dataset has labels, along a dimension of a latent, that the fit
         never saw: refuse, or draw that latent there from its prior given each draw's globals,
         label by label. Labels that the fit saw keep their posterior. Of a latent inside a
-        scan, the steps after the fit's last are drawn on from it.
+        scan, the steps after the fit's last are drawn on from it. Of a fit with ``per`` each
+        cell's latents are drawn from that cell's globals; a new label of ``per`` has none, and
+        is refused.
     summary : str, float or sequence of them, optional
         Statistics in place of the draws, as :func:`xr_aimz.summary` names them: ``("mean",
         "std", 0.05, 0.5, 0.95, "prob>x", "hdi")``. They are taken inside each task, which then
@@ -102,13 +106,15 @@ def predict(
         JAX's dtype, float32 by default. With ``summary``, ``tas_mean`` and its like in place
         of ``tas``, without ``chain`` and ``draw``.
         Of a fit with ``per``, dims are in the outcome's own order, and cells without draws are
-        NaN; where the fit has such cells, ints and bools are therefore floats, as from
+        NaN, given values or not; where the fit has such cells, ints and bools are therefore floats, as from
         ``DataArray.where``.
 
     Raises
     ------
     MissingVariableError, DimensionError, DtypeError, UnitsError, LabelError, ChunkError
         Before any task runs.
+    MissingValueError
+        An outcome of ints or bools would be drawn from a missing value.
     ModelError
         A condition on what is not an outcome, or that would tell of a draw; new labels of a
         latent that the model couples along their dimension.
