@@ -106,8 +106,8 @@ def predict(
         JAX's dtype, float32 by default. With ``summary``, ``tas_mean`` and its like in place
         of ``tas``, without ``chain`` and ``draw``.
         Of a fit with ``per``, dims are in the outcome's own order, and cells without draws are
-        NaN, given values or not; where the fit has such cells, ints and bools are therefore floats, as from
-        ``DataArray.where``.
+        NaN, given values or not; where the fit has such cells, ints and bools are therefore
+        floats, as from ``DataArray.where``.
 
     Raises
     ------
