@@ -32,7 +32,7 @@ _compiled: dict[Any, Any] = {}
 # be done one by one, with other roundings; chains are chaotic, and double such a difference
 # at every step (docs/decisions/cells.md).
 _SPARE = 16
-# XLA uses half of a wide vector unit unless told: a tenth less time for a tile, measured.
+# XLA uses half of a wide vector unit unless told: up to a tenth less time for a tile, measured.
 _COMPILER = defaultdict[str, dict[str, Any]](dict, cpu={"xla_cpu_prefer_vector_width": 512})
 # Tiles run one after another: two programs with loops in them, run at once from two threads,
 # waited for each other's threads for good (docs/decisions/cells.md).
