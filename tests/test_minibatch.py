@@ -115,23 +115,39 @@ def test_the_posterior_of_a_conjugate_regression(linear):
     np.testing.assert_allclose(double, 2 * fitted.posterior.weights, rtol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def full(groups):
+    """Moments of the fit to all groups at once."""
+    fitted = groups.aimz.fit(effects, method="svi", steps=4000, draws=20_000, progress=False)
+    return moments(fitted)
+
+
+def moments(fitted):
+    return fitted.posterior.mean(("chain", "draw")), fitted.posterior.std(("chain", "draw"))
+
+
 @pytest.mark.slow
-def test_random_effects_with_their_groups_in_batches(groups):
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_random_effects_with_their_groups_in_batches(groups, full, seed):
     fitted = groups.chunk(group=37).aimz.fit(
-        effects, method="svi", batch={"group": 50}, steps=60_000, draws=4000, progress=False
+        effects,
+        method="svi",
+        batch={"group": 50},
+        steps=120_000,
+        draws=20_000,
+        seed=seed,
+        progress=False,
     )
-    full = groups.aimz.fit(effects, method="svi", steps=4000, draws=4000, progress=False)
     assert fitted.posterior.effect.dims == ("chain", "draw", "group")
     assert fitted.posterior.indexes["group"].equals(groups.indexes["group"])
-    mean, sd = best_factorized(groups)
-    for other_mean, other_sd in (
-        (mean, sd),
-        (full.posterior.mean(("chain", "draw")), full.posterior.std(("chain", "draw"))),
-    ):
-        off = (fitted.posterior.mean(("chain", "draw")) - other_mean) / other_sd
-        ratio = fitted.posterior.std(("chain", "draw")) / other_sd
+    found, spread = moments(fitted)
+    # The posterior is Gaussian, so the means are its own, which NUTS would find but for noise.
+    # The sds are those of the guide: of slope 0.92, of level 0.98 of the posterior's.
+    for mean, sd in (best_factorized(groups), full):
+        off, ratio = (found - mean) / sd, spread / sd
         for name in ("level", "slope"):
-            assert abs(float(off[name])) < 0.15
+            # 20 000 draws: 0.007 of Monte Carlo error in both.
+            assert abs(float(off[name])) < 0.1
             assert abs(float(ratio[name]) - 1) < 0.1
         # Each of 400 effects was in an eighth of the steps.
         assert float((off.effect**2).mean()) ** 0.5 < 0.1

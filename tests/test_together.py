@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 import xr_aimz
-from xr_aimz.errors import MissingValueError, OptionError
+from xr_aimz.errors import MissingValueError
 
 TIME, LAT, LON = 40, 4, 3
 
@@ -97,12 +97,6 @@ def test_a_summary_in_cells_is_that_of_their_draws(grid, cells):
     expected = whole.quantile(0.1, over, skipna=False)
     np.testing.assert_allclose(found.y_quantile[0], expected, atol=1e-5)
     assert found.y_mean.isnull().all("time").sum() == 1
-
-
-def test_what_a_cell_cannot_answer_is_refused(grid, cells):
-    for options in ({"condition": "y"}, {"new_labels": "sample"}):
-        with pytest.raises(OptionError, match="do not go with a fit of each label"):
-            grid.aimz.predict(cells, **options)
 
 
 @pytest.fixture(scope="module")

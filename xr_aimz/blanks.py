@@ -11,14 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from xr_aimz.axes import TABLE
 from xr_aimz.binding import Argument, Binding
-from xr_aimz.errors import MissingValueError
 from xr_aimz.model import Site
 
-__all__ = ["blank", "check_whole", "is_float"]
+__all__ = ["blank", "is_float"]
 
 
 def is_float(value: Any) -> bool:
@@ -70,32 +68,3 @@ def _named_gap(
     gap = jnp.transpose(gap, order)
     lengths = dict(zip((kept[i] for i in order), gap.shape, strict=True))
     return jnp.reshape(gap, tuple(1 if d is None else lengths.get(d, 1) for d in dims))
-
-
-def check_whole(
-    binding: Binding,
-    sites: Mapping[str, Site],
-    arrays: Mapping[str, np.ndarray],
-    results: Mapping[str, np.ndarray],
-) -> None:
-    """Ints and bools have no NaN to say that an input was missing.
-
-    Raises
-    ------
-    MissingValueError
-        An outcome of such a dtype was drawn from inputs with NaN.
-    """
-    for name, value in results.items():
-        site = sites[name]
-        if site.kind != "observed" or value.dtype.kind == "f":
-            continue
-        for argument in (a for a in binding.inputs if a.name in site.reads):
-            for source in argument.sources:
-                array = arrays.get(source.key)
-                if array is not None and array.dtype.kind == "f" and np.isnan(array).any():
-                    raise MissingValueError(
-                        f"variable {source.name!r} (argument {argument.name!r}) has missing "
-                        f"values (NaN), and site {name!r} is drawn as {value.dtype}, which has "
-                        f"none: predict from ds.fillna({{{source.name!r}: 0}}), then mask the "
-                        f"result, .where(ds[{source.name!r}].notnull())"
-                    )

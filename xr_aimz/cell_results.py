@@ -13,7 +13,7 @@ import xarray as xr
 from xr_aimz.inputs import Inputs
 from xr_aimz.posterior import Fit
 
-__all__ = ["in_cells"]
+__all__ = ["drawn_cells", "in_cells"]
 
 
 def in_cells(result: xr.Dataset, fit: Fit, inputs: Inputs, leading: tuple[str, ...]) -> xr.Dataset:
@@ -39,12 +39,20 @@ def in_cells(result: xr.Dataset, fit: Fit, inputs: Inputs, leading: tuple[str, .
     if not per:
         return result
     ordered = {name: a.transpose(*_order(a, fit, leading)) for name, a in result.items()}
-    status = fit.sample_stats.status
-    if not (status != 0).any():
+    drawn = drawn_cells(fit, inputs)
+    if drawn is None:
         return result.assign(ordered)
-    here = {d: inputs.labels[d] for d in per if d in inputs.labels}
-    drawn = (status.sel(here) == 0).drop_vars(list(status.coords))
     return result.assign({name: _floats(a).where(drawn) for name, a in ordered.items()})
+
+
+def drawn_cells(fit: Fit, inputs: Inputs) -> xr.DataArray | None:
+    """Which cells of the inputs have draws; None if all of the fit's have."""
+    per = fit.binding.per
+    if not per or not (fit.sample_stats.status != 0).any():
+        return None
+    status = fit.sample_stats.status
+    here = {d: inputs.labels[d] for d in per if d in inputs.labels}
+    return (status.sel(here) == 0).drop_vars(list(status.coords))
 
 
 def _order(array: xr.DataArray, fit: Fit, leading: tuple[str, ...]) -> tuple[str, ...]:

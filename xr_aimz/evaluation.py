@@ -25,8 +25,10 @@ from xr_aimz.cell_results import in_cells
 from xr_aimz.device import device_dtype, to_device_dtype, traced
 from xr_aimz.errors import ModelError
 from xr_aimz.guard import check_split
+from xr_aimz.holes import may_have_holes, without_holes
 from xr_aimz.inputs import Inputs
 from xr_aimz.interventions import Intervention
+from xr_aimz.ints import explained
 from xr_aimz.kernel import KNOWN, Program
 from xr_aimz.labelling import result_name
 from xr_aimz.labels import label_words
@@ -87,9 +89,21 @@ class Evaluation:
 
     @property
     def origins(self) -> dict[str, Origin]:
-        """What the distribution of each site is made from."""
-        sizes = self.inputs.sizes
-        return origins(self.program, sizes, *self.structs(sizes, drawn=True))
+        """What the distribution of each site is made from, as one cell of ``per`` sees it."""
+        cell = self._cell
+        sizes = cell.inputs.sizes
+        return origins(cell.program, sizes, *cell.structs(sizes, drawn=True))
+
+    @property
+    def _cell(self) -> Evaluation:
+        """The same of one cell of a fit with ``per``, whose model knows of no cells."""
+        per = self.fit.binding.per
+        if not per:
+            return self
+        first = dict.fromkeys(per, 0)
+        fit = replace(self.fit, binding=replace(self.fit.binding, per=()))
+        posterior = self.posterior.isel(first, drop=True, missing_dims="ignore")
+        return replace(self, fit=fit, inputs=self.inputs.of_cell(per), posterior=posterior)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -136,7 +150,8 @@ class Evaluation:
     def traced(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], str]:
         """Outputs for one draw of a block of those sizes, and the name of the program."""
         block = block_of(self.fit.binding, sizes)
-        return traced(self.factory(self.program, sizes), block, *self.structs(sizes))
+        with explained(self.fit, self.inputs):
+            return traced(self.factory(self.program, sizes), block, *self.structs(sizes))
 
     def padded(self, cut: Plan) -> dict[str, int]:
         """The size to which blocks are padded, so that one program serves all of them."""
@@ -190,6 +205,7 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
             # A task would find it too; values in memory can be looked at now.
             to_device_dtype(key, array.values)
     structs, name = wanted.traced(inputs.sizes)
+    wanted = _without_holes(wanted, structs)
     weight = sum(o.size * o.dtype.itemsize for o in structs.values())
     planned = plan_cells if wanted.statistics else plan
     cut = planned(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
@@ -216,6 +232,20 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
         for d, n in zip(("chain", "draw"), wanted.shape, strict=True)
     }
     return _named(wanted, task, cut, words, outputs)
+
+
+def _without_holes(wanted: Evaluation, structs: Mapping[str, Any]) -> Evaluation:
+    """Refuses missing inputs of outcomes that cannot be missing: now, or in their task."""
+    fit, inputs, under = wanted.fit, wanted.inputs, wanted.under
+    if under is not None and may_have_holes(fit, inputs):
+        # What is drawn counts: a contrast of whole numbers may be none.
+        structs, _ = replace(wanted, under=None).traced(inputs.sizes)
+    drawn = {n: structs[n].dtype for n in wanted.sites if fit.sites[n].kind == "observed"}
+    whole = {n: dtype for n, dtype in drawn.items() if dtype.kind != "f"}
+    if not whole:
+        return wanted
+    worlds = None if under is None else under.worlds
+    return replace(wanted, inputs=without_holes(fit, inputs, worlds, whole))
 
 
 def _named(

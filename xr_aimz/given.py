@@ -168,7 +168,7 @@ def _on_labels(
     what = f"condition={name!r}"
     _check_units(what, array, site, binding)
     dims = dims_in_dataset(site, binding)
-    held = [d for d in binding.dims if d in dims and d not in array.dims and d in array.coords]
+    held = [d for d in binding.cut_dims if d in dims and d not in array.dims and d in array.coords]
     array = array.expand_dims(held)
     strange = [d for d in array.dims if d not in dims]
     if strange:
@@ -265,7 +265,7 @@ def _aligned(
 ) -> tuple[xr.DataArray, xr.DataArray | None]:
     """The array on the Dataset's labels of one dimension, and which of those it had."""
     here, there = inputs.labels.get(dim), array.indexes.get(dim)
-    if dim not in binding.dims:
+    if dim not in binding.cut_dims:
         index = binding.labels.get(dim)
         array = array if index is None else reordered(array, dim, index, f"{what} has labels")
         size = dict(zip(site.dims, site.shape, strict=True)).get(dim, array.sizes[dim])

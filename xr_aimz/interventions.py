@@ -17,6 +17,7 @@ import xarray as xr
 from xr_aimz.device import device_dtype
 from xr_aimz.errors import InterventionError
 from xr_aimz.inputs import Inputs
+from xr_aimz.ints import explained, unread
 from xr_aimz.kernel import Program
 from xr_aimz.paths import Parents, below, parents
 from xr_aimz.posterior import Fit
@@ -71,7 +72,9 @@ def intervention(
     read = scenarios(do, baseline, fit, inputs, ds)
     if contrast is None and baseline is not None:
         check_shown(read)
-    arrows = _arrows(fit, inputs)
+    blank = unread(fit, inputs, read.replaced)
+    with explained(fit, inputs):
+        arrows = _arrows(fit, replace(inputs, arrays={**inputs.arrays, **blank}))
     for scenario in read.all:
         _check_reach(scenario, arrows, returns)
     nodes = below(arrows, {t.node for t in read.targets})
@@ -80,7 +83,7 @@ def intervention(
     reached = {n for n in fit.sites if f"site {n}" in nodes} | set_sites
     return Intervention(
         read.worlds(frozenset(redrawn), contrast),
-        read.arrays,
+        {**read.arrays, **blank},
         read.coords(contrast is None),
         read.names,
         frozenset(reached),

@@ -103,13 +103,18 @@ def on_labels(posterior: xr.Dataset, site: Site, binding: Binding, inputs: Input
         elif not here.equals(there):
             absent = here.difference(there)
             if len(absent):
-                raise LabelError(
-                    f"latent site {site.name!r} has no draws for {len(absent)} labels of "
-                    f"{dim!r}, {list(absent[:3])!r} among them: the fit never saw them. Select "
-                    "those that it saw, or fit with them"
-                )
+                raise _unseen(site, dim, absent, binding)
             array = array.sel({dim: here})
     return array
+
+
+def _unseen(site: Site, dim: str, absent: pd.Index, binding: Binding) -> LabelError:
+    own = f" Each label of per={binding.per!r} has globals of its own, and a new one none."
+    return LabelError(
+        f"latent site {site.name!r} has no draws for {len(absent)} labels of {dim!r}, "
+        f"{list(absent[:3])!r} among them: the fit never saw them."
+        f"{own if dim in binding.per else ''} Select those that it saw, or fit with them"
+    )
 
 
 def _check_unlabelled(site: Site, dim: str, array: xr.DataArray, inputs: Inputs) -> None:

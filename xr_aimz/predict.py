@@ -56,8 +56,10 @@ def predict(
     """Posterior predictive draws for a Dataset, lazily.
 
     Gaps in the outcome are filled, for an outcome is never read. A missing input (NaN) makes
-    its cell of the outcome NaN; an outcome of ints or bools has none, and its task raises
-    ``MissingValueError``. Deterministics are what the model makes of NaN.
+    its cell of the outcome NaN. An outcome of ints or bools has none: ``MissingValueError``,
+    at once where the input is in memory, else from a task. It does not matter what is missing
+    where ``do`` replaces it, nor in a cell of a fit with ``per`` that has no draws.
+    Deterministics are what the model makes of NaN.
 
     Parameters
     ----------
@@ -89,7 +91,9 @@ def predict(
         What to do where the Dataset has labels, along a dimension of a latent, that the fit
         never saw: refuse, or draw that latent there from its prior given each draw's globals,
         label by label. Labels that the fit saw keep their posterior. Of a latent inside a
-        scan, the steps after the fit's last are drawn on from it.
+        scan, the steps after the fit's last are drawn on from it. Of a fit with ``per`` each
+        cell's latents are drawn from that cell's globals; a new label of ``per`` has none, and
+        is refused.
     summary : str, float or sequence of them, optional
         Statistics in place of the draws, as :func:`xr_aimz.summary` names them: ``("mean",
         "std", 0.05, 0.5, 0.95, "prob>x", "hdi")``. They are taken inside each task, which then
@@ -103,13 +107,15 @@ def predict(
         JAX's dtype, float32 by default. With ``summary``, ``tas_mean`` and its like in place
         of ``tas``, without ``chain`` and ``draw``.
         Of a fit with ``per``, dims are in the outcome's own order, and cells without draws are
-        NaN; where the fit has such cells, ints and bools are therefore floats, as from
-        ``DataArray.where``.
+        NaN, given values or not; where the fit has such cells, ints and bools are therefore
+        floats, as from ``DataArray.where``.
 
     Raises
     ------
     MissingVariableError, DimensionError, DtypeError, UnitsError, LabelError, ChunkError
         Before any task runs.
+    MissingValueError
+        An outcome of ints or bools would be drawn from a missing value.
     ModelError
         A condition on what is not an outcome, or that would tell of a draw; new labels of a
         latent that the model couples along their dimension.
@@ -195,7 +201,6 @@ def asked(ds: xr.Dataset, fit: Fit, question: Question) -> Evaluation:
     """What is to be evaluated: all that is set, given or new is among its arrays."""
     if question.new_labels not in ("raise", "sample"):
         raise OptionError(f"new_labels={question.new_labels!r}: there are {('raise', 'sample')!r}")
-    _check_cells(fit, question)
     wanted = Evaluation(
         fit,
         gather(fit.binding, ds, outcomes=False),
@@ -211,18 +216,6 @@ def asked(ds: xr.Dataset, fit: Fit, question: Question) -> Evaluation:
         new = seen(wanted.posterior, fit.sites, fit.binding, wanted.inputs)
         wanted = replace(wanted, inputs=_and(wanted.inputs, new))
     return wanted if question.condition is None else _given(ds, wanted, question.condition)
-
-
-def _check_cells(fit: Fit, question: Question) -> None:
-    beyond = {
-        "condition": question.condition is not None,
-        "new_labels": question.new_labels != "raise",
-    }
-    if fit.binding.per and any(beyond.values()):
-        raise OptionError(
-            f"{[n for n, given in beyond.items() if given]!r} do not go with a fit of each label "
-            f"of {fit.binding.per!r}: a cell that was not fitted has no posterior to draw under"
-        )
 
 
 def _under(

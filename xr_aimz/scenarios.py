@@ -67,6 +67,12 @@ class Scenarios:
         return tuple(dict.fromkeys(t for s in self.all for t in s.settings))
 
     @property
+    def replaced(self) -> frozenset[str]:
+        """The arrays that every world has another value of, in every cell."""
+        each = [{t for t, s in one.settings.items() if s.everywhere} for one in self.all]
+        return frozenset(t.name for t in set.intersection(*each) if t.kind == "array")
+
+    @property
     def names(self) -> tuple[str, ...]:
         """What is intervened on, as the user calls it."""
         return tuple(dict.fromkeys(n for s in self.all for n in s.names))

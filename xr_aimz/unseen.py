@@ -107,7 +107,7 @@ def _check_alone(
             "cannot be drawn without the old. Predict at labels that the fit saw, or write it "
             "as a scan, whose steps follow one another"
         )
-    if site.scanned and dim == dims_in_dataset(site, binding)[0]:
+    if site.scanned and dim == dims_in_dataset(site, binding)[len(binding.per)]:
         length = len(there)
         if not np.array_equal(place[:length], np.arange(length)) or (place[length:] >= 0).any():
             raise LabelError(

@@ -191,7 +191,8 @@ def _meet(
     """Whether some given cell may depend on some free cell of another site."""
     mine, theirs = dims_in_dataset(site, binding), dims_in_dataset(other, binding)
     step = step_dim(site, binding)
-    shared = [d for d in mine if d in theirs and d in binding.dims]
+    # Cells of a fit with ``per`` tell nothing of each other.
+    shared = [d for d in mine if d in theirs and d in binding.cut_dims]
     kept = [d for d in shared if d not in binding.core_dims and d != step]
     if step is None or step != step_dim(other, binding):
         return bool((_over(given, kept) & _over(free, kept)).any())

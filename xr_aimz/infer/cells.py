@@ -40,7 +40,7 @@ FLAGS = ("ok", "no_data", "not_finite", "diverged", "no_mode")
 OK, NO_DATA, NOT_FINITE, DIVERGED, NO_MODE = range(len(FLAGS))
 # A map steps on until its last cell is done, so few cells waste less on each other; but
 # each step has a cost of its own. Measured: docs/decisions/cells.md.
-_MCMC_LANES, _SVI_LANES, _LAPLACE_LANES = 64, 112, 240
+_MCMC_LANES, _SVI_LANES, _LAPLACE_LANES = 48, 112, 240
 _LOSSES = 500
 
 
