@@ -280,6 +280,16 @@ def test_it_is_turned_off_as_others_are(ds, mlflow_server, experiment, autolog):
     assert len(mlflow_server.search(experiment)) == 1
 
 
+def test_the_fit_itself_is_logged_where_that_is_asked_for(ds, mlflow_server, experiment, autolog):
+    name = f"line {experiment}"
+    autolog(log_models=True, registered_model_name=name)
+    fit = ds.aimz.fit(line, **FAST)
+    loaded = xr_aimz.mlflow.load_model(f"models:/{name}/1", model=line)
+    assert loaded.token == fit.token
+    assert loaded.lineage == fit.lineage
+    xr.testing.assert_identical(loaded.posterior, fit.posterior)
+
+
 def test_less_is_logged_where_less_is_asked_for(ds, mlflow_server, experiment, autolog):
     autolog(log_datasets=False, log_diagnostics=False, log_pictures=False)
     ds.aimz.fit(line, **FAST)
