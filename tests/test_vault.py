@@ -123,5 +123,8 @@ def test_bindings_and_labels_of_any_dataset_come_back(case):
     assert back.token == fit.token
     for group in ("posterior", "observed_data", "constant_data"):
         xr.testing.assert_identical(getattr(back, group), getattr(fit, group))
-    assert back.binding == fit.binding
     assert back.sites == fit.sites
+    assert replace(back.binding, labels={}) == replace(fit.binding, labels={})
+    assert set(back.binding.labels) == set(fit.binding.labels)
+    for d, index in fit.binding.labels.items():
+        assert back.binding.labels[d].identical(index)

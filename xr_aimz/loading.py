@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from xr_aimz.binding import LAYOUTS, Argument, Binding, Source
@@ -120,10 +121,7 @@ def _kept(spec: Mapping[str, Any], fields: Mapping[str, Any], reader: _Reader) -
     for source in (s for a in fields["binding"].arguments for s in a.sources):
         group = next((g for g in groups if source.name in g), coords)
         arrays[source.key] = group[source.name]
-    labels = {
-        d: xr.IndexVariable(d, reader.array(entry)).to_index()
-        for d, entry in spec["labels"].items()
-    }
+    labels = {d: reader.index(d, entry) for d, entry in spec["labels"].items()}
     inputs = Inputs(arrays, dict(spec["sizes"]), labels, coords, tuple(spec["scalars"]))
     tree, by = reader.unpack(spec["tree"]), reader.unpack(spec["by"])
     origin = Origin(spec["kind"], reader.unpack(spec["settings"]), tree, by)
@@ -149,6 +147,10 @@ class _Reader:
 
     def array(self, entry: Mapping[str, Any]) -> np.ndarray:
         return restored(self._vault.values(entry["path"]), entry)
+
+    def index(self, dim: str, entry: Mapping[str, Any]) -> pd.Index:
+        found = xr.IndexVariable(dim, self.array(entry)).to_index()
+        return found.astype("str") if entry.get("index") == "str" else found
 
     def unpack(self, found: Any) -> Any:
         return unpack(found, self.array)
@@ -196,10 +198,7 @@ def _fields(spec: Mapping[str, Any], reader: _Reader) -> dict[str, Any]:
 def _binding(spec: Mapping[str, Any], reader: _Reader) -> Binding:
     if spec["layout"] not in LAYOUTS:
         raise ValueError(f"layout {spec['layout']!r}")
-    labels = {
-        d: xr.IndexVariable(d, reader.array(entry)).to_index()
-        for d, entry in spec["labels"].items()
-    }
+    labels = {d: reader.index(d, entry) for d, entry in spec["labels"].items()}
     return Binding(
         arguments=tuple(_argument(a, reader) for a in spec["arguments"]),
         constants={n: reader.unpack(v) for n, v in spec["constants"].items()},

@@ -51,6 +51,12 @@ class _Box:
         self.content.dims[path] = tuple(f"{group}_{number}_dim_{i}" for i in range(held.ndim))
         return {"path": path, **how}
 
+    def index(self, dim: str, index: pd.Index) -> Any:
+        """Keep the labels of a dimension."""
+        entry = self.put("labels", xr.IndexVariable(dim, index).values, f"labels of {dim!r}")
+        # What pandas has for strings is neither of NumPy's.
+        return {**entry, "index": "str"} if index.dtype == "str" else entry
+
     def pack(self, value: Any, group: str, what: str) -> Any:
         return pack(value, partial(self.put, group, what=what), what)
 
@@ -138,10 +144,7 @@ def _further(kept: Kept | None, box: _Box) -> dict[str, Any]:
         "tree": box.pack(origin.tree, "further", f"the state of {origin.kind}"),
         "first": kept.first,
         "sizes": dict(inputs.sizes),
-        "labels": {
-            d: box.put("labels", xr.IndexVariable(d, index).values, f"labels of {d!r}")
-            for d, index in inputs.labels.items()
-        },
+        "labels": {d: box.index(d, index) for d, index in inputs.labels.items()},
         "coords": box.dataset("coordinates", inputs.coords),
         "scalars": list(inputs.scalars),
     }
@@ -151,10 +154,7 @@ def _binding(binding: Binding, box: _Box) -> dict[str, Any]:
     constants = {
         n: box.pack(v, "constants", f"constant {n!r}") for n, v in binding.constants.items()
     }
-    labels = {
-        d: box.put("labels", xr.IndexVariable(d, index).values, f"labels of {d!r}")
-        for d, index in binding.labels.items()
-    }
+    labels = {d: box.index(d, index) for d, index in binding.labels.items()}
     return {
         "arguments": [_argument(a, box) for a in binding.arguments],
         "constants": constants,
