@@ -19,14 +19,14 @@ __all__ = ["bar", "scheduler"]
 
 
 def scheduler() -> Any:
-    """Threads, where nobody asked for anything else: one more than there are cores."""
+    """Threads, where nobody asked for anything else: two more than there are cores."""
     # Without a scheduler dask imports distributed, half a second, to look for a client:
     # there is none where nobody has imported it.
     asked = [dask.config.get(name, None) for name in ("scheduler", "num_workers", "pool")]
     if "distributed" in sys.modules or any(a is not None for a in asked):
         return nullcontext()
-    # A task that waits for the disk leaves its core to one that draws.
-    return dask.config.set(scheduler=dask.threaded.get, num_workers=CPU_COUNT + 1)
+    # Tasks that wait for the disk, or for a piece to be encoded, leave their cores to others.
+    return dask.config.set(scheduler=dask.threaded.get, num_workers=CPU_COUNT + 2)
 
 
 def bar(progress: bool | None) -> Any:

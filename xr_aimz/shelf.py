@@ -130,7 +130,9 @@ class Stored:
                 shape=shape,
                 dtype=dtype,
                 chunks=tuple(min(c, max(n, 1)) for c, n in zip(chunks, shape, strict=True)),
-                compressors=BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"),
+                compressors=BloscCodec(
+                    cname="lz4", clevel=5, shuffle="bitshuffle", blocksize=2**16
+                ),
                 fill_value=np.nan if dtype.kind == "f" else 0,
                 dimension_names=self._dims(name, lead, len(shape)),
                 overwrite=True,

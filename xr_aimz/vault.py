@@ -33,7 +33,7 @@ from xr_aimz.writing import stores_read, write
 __all__ = ["DIGEST", "SPEC", "Content", "content_digest", "digest", "grid", "is_path", "keep"]
 
 SPEC, DIGEST = "xr_aimz_fit", "xr_aimz_sha256"
-_CODECS = (BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec())
+_CODECS = (BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", blocksize=2**16), Crc32cCodec())
 _CHUNK = 2**26
 # A name is one part of a path: it can lead nowhere else.
 _NAME = re.compile(r"[^/\\\x00-\x1f]{1,200}")
