@@ -225,6 +225,27 @@ def nnx_trained(x, y=None):
     numpyro.sample("y", dist.Normal(net(x[:, None])[:, 0], noise), obs=y)
 
 
+class Dropping(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden = nnx.Linear(1, 4, rngs=rngs)
+        self.dropped = nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropped(self.hidden(x)).sum(-1)
+
+
+DROPPING = Dropping(nnx.Rngs(0))
+
+
+def test_a_network_with_dropout_is_refused(ds):
+    def dropping(x, y=None):
+        net = nnx_module("net", DROPPING)
+        numpyro.sample("y", dist.Normal(net(x[:, None]), 1), obs=y)
+
+    with pytest.raises(ModelError, match=r"'net\$state' holds a random key"):
+        ds.aimz.fit(dropping, method="svi", progress=False)
+
+
 def nnx_random(x, y=None):
     net = random_nnx_module("net", NET, prior=dist.Normal(0, 1))
     numpyro.sample("y", dist.Normal(net(x[:, None])[:, 0], 0.3), obs=y)

@@ -218,6 +218,7 @@ def trace_sites(
         passed.update(arrange(inputs))
         with tracer as sites:
             _unsampled(handlers.seed(lambda: model(**passed), jax.random.key(0)))()
+        _check_state(sites)
         found.extend(_site(message, passed) for message in sites.values() if _is_site(message))
 
     with tracing(block), _quiet():
@@ -328,6 +329,17 @@ def _blank(message: Mapping[str, Any]) -> Any:
         # ImproperUniform and its like: a density, but nothing to draw from.
         return jnp.zeros(shape, jnp.int32 if fn.support.is_discrete else jnp.result_type(float))
     return jnp.zeros(drawn.shape, drawn.dtype)
+
+
+def _check_state(sites: Mapping[str, Any]) -> None:
+    for name, message in sites.items():
+        leaves = jax.tree.leaves(message["value"]) if message["type"] == "mutable" else ()
+        if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves):
+            raise ModelError(
+                f"{name!r} holds a random key, as a network with dropout does: what is drawn with "
+                "it has no label, and would be the same in every block. Build the network without "
+                "dropout, or give its weights priors: random_nnx_module(...)"
+            )
 
 
 def _is_site(message: Mapping[str, Any]) -> bool:
