@@ -44,7 +44,7 @@ def verdict(of, split=DIMS, ds=DS, posterior=ONES, variables=None, **options):
     inputs = gather(fit.binding, ds, outcomes=False)
     program = Program(fit.model, fit.binding, fit.sites, inputs.dims, tuple(fit.sites))
     latents = {n: a for n, a in fit.posterior.items() if fit.sites[n].kind == "latent"}
-    return guard.coupled(program, inputs, latents, {}, split)
+    return guard.coupled(program, inputs, latents, {}, dict.fromkeys(split, 5))
 
 
 def normal(location):
@@ -369,4 +369,76 @@ def test_sites_without_draws_get_values_of_their_support():
         inputs = gather(fit.binding, DS, outcomes=True)
         sites = ("scale", "y")
         program = Program(fit.model, fit.binding, fit.sites, inputs.dims, sites)
-        assert guard.coupled(program, inputs, {}, {}, ("time",)) == expected
+        assert guard.coupled(program, inputs, {}, {}, {"time": 5}) == expected
+
+
+def on_blocks(of, length, n=48):
+    """What predicting and scoring say of a Dataset that is cut into blocks of a length."""
+    rng = np.random.default_rng(0)
+    ds = xr.Dataset({"x": ("time", rng.normal(size=n)), "y": ("time", rng.normal(size=n))})
+    fit = ds.aimz.from_posterior(of, ONES)
+    cut = ds.chunk(time=length)
+    return lambda: cut.aimz.predict(fit), lambda: cut.aimz.log_likelihood(fit)
+
+
+def monthly(x, y=None):
+    months = x.reshape(-1, 12)
+    numpyro.sample("y", dist.Normal(slope() * (months - months.mean(0)).ravel(), 1.0), obs=y)
+
+
+def first_thirty(x, y=None):
+    numpyro.sample("y", dist.Normal(slope() * x * min(30, x.shape[0]), 1.0), obs=y)
+
+
+def tapered(x, y=None):
+    taper = jnp.hanning(min(30, x.shape[0])).sum()
+    numpyro.sample("y", dist.Normal(slope() * x * taper, 1.0), obs=y)
+
+
+def masked_by_its_mean(x, y=None):
+    b = slope()
+    with numpyro.handlers.mask(mask=x > x.mean()):
+        numpyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+
+def masked_by_their_mean(x, y=None):
+    fn = dist.Normal(slope() * x, 1.0).mask(x > x.mean())
+    numpyro.sample("y", fn, obs=y)
+
+
+COUPLED_IN_BLOCKS = [monthly, first_thirty, tapered, masked_by_its_mean, masked_by_their_mean]
+
+
+@pytest.mark.parametrize("of", COUPLED_IN_BLOCKS)
+def test_what_only_a_block_or_a_mask_shows_is_found(of):
+    for ask in on_blocks(of, 24):
+        with pytest.raises(ModelError, match="'time'"):
+            ask()
+
+
+def test_a_mask_cell_by_cell_is_no_coupling():
+    def positive(x, y=None):
+        b = slope()
+        with numpyro.handlers.mask(mask=x > 0):
+            numpyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+    def an_event(x, y=None):
+        fn = dist.Normal(slope() * x[:, None], 1.0).mask(x[:, None] > 0).to_event(1)
+        numpyro.sample("y", fn, obs=None if y is None else y[:, None])
+
+    for of in (positive, an_event):
+        for ask in on_blocks(of, 24):
+            ask()
+
+
+def test_a_coupling_of_dims_that_must_be_of_one_length_is_found():
+    rng = np.random.default_rng(0)
+    dims = ("a", "c")
+    square = {"x": (dims, rng.normal(size=(40, 40))), "y": (dims, rng.normal(size=(40, 40)))}
+    ds = xr.Dataset(square)
+    for other in (jnp.transpose, lambda x: x @ x.T):
+
+        def of(x, y=None, other=other):
+            numpyro.sample("y", dist.Normal(slope() * x + other(x), 1.0), obs=y)
+
+        assert verdict(of, dims, ds, variables={"other": other}) == dims

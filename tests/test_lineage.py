@@ -95,3 +95,18 @@ def test_netcdf_keeps_it(ds, fit, tmp_path):
     with xr.open_dataset(tmp_path / "pred.nc") as back:
         assert back.attrs["aimz_fit"] == fit.token
         assert back.attrs["aimz_seed"] == 3
+
+
+def test_a_result_of_a_result_names_its_own_run_alone(ds, fit):
+    tracked = ds.aimz.predict(replace(fit, lineage={"mlflow_run_id": "first"}))
+    assert tracked.attrs["mlflow_run_id"] == "first"
+    again = ds.assign_attrs(tracked.attrs).aimz.predict(fit)
+    assert "mlflow_run_id" not in again.attrs
+    assert "aimz_lineage" not in again.attrs
+
+
+def test_a_store_is_resumed_whatever_tracked_the_fit(ds, fit, tmp_path):
+    whole = ds.aimz.predict(fit).aimz.to_zarr(tmp_path / "p.zarr", progress=False)
+    tracked = replace(fit, lineage={"mlflow_run_id": "first"})
+    again = ds.aimz.predict(tracked).aimz.to_zarr(tmp_path / "p.zarr", progress=False)
+    xr.testing.assert_equal(whole, again)

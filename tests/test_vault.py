@@ -79,6 +79,17 @@ def test_a_save_that_was_cut_short_never_looks_whole(share, fit, tmp_path):
     assert xr_aimz.load_fit(tmp_path / "fit.zarr", saved_models.line).token == fit.token
 
 
+def test_what_lies_beside_a_save_that_was_cut_short_is_kept(fit, tmp_path):
+    Failing.left = 5
+    with pytest.raises(WriteError, match="disk failed"):
+        fit.save(Failing(tmp_path / "fit.zarr"))
+    thesis = tmp_path / "fit.zarr/thesis.txt"
+    thesis.write_text("mine")
+    with pytest.raises(StoreError, match=r"cut short, and \['thesis.txt'\]"):
+        fit.save(tmp_path / "fit.zarr")
+    assert thesis.read_text() == "mine"
+
+
 def test_a_lazy_fit_is_not_saved_over_its_own_draws(fit, tmp_path):
     lazy = replace(fit, posterior=fit.posterior.chunk(draw=3))
     lazy.save(tmp_path / "fit.zarr")
@@ -87,7 +98,9 @@ def test_a_lazy_fit_is_not_saved_over_its_own_draws(fit, tmp_path):
     assert back.posterior.slope.chunks == ((1,), (3, 3, 3, 1))
     with pytest.raises(StoreError, match=r"is read from .* itself"):
         back.save(tmp_path / "fit.zarr", mode="w")
-    back.save(tmp_path / "copy.zarr")
+    with pytest.raises(StoreError, match=r"is read from .* itself"):
+        back.save((tmp_path / "fit.zarr").as_uri(), mode="w")
+    back.save((tmp_path / "copy.zarr").as_uri())
     copy = xr_aimz.load_fit(tmp_path / "copy.zarr", saved_models.line)
     xr.testing.assert_identical(copy.posterior.compute(), fit.posterior)
 

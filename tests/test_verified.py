@@ -280,6 +280,36 @@ def test_nothing_is_imported_before_all_is_verified(store, tmp_path, monkeypatch
     assert "evil_model" not in sys.modules
 
 
+def test_nothing_is_imported_for_draws_of_another_fit(store, tmp_path, monkeypatch):
+    (tmp_path / "evil_model.py").write_text(f"open({str(TOUCHED)!r}, 'w')\nimport numpyro\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    forged(store, lambda spec: spec.update(token="0" * 64))
+    forged(store, lambda spec: spec["model"].update(path="evil_model:model"))
+    with pytest.raises(DamagedStoreError, match="the draws are not those of the fit"):
+        xr_aimz.load_fit(store, trust_import=True)
+    assert "evil_model" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("codecs", []),
+        ("codecs", [{"name": ["crc32c"]}]),
+        ("codecs", [["crc32c"]]),
+        ("chunk_grid", {"name": "regular", "configuration": None}),
+    ],
+)
+def test_metadata_of_no_kind(store, field, value):
+    place = store / "posterior/slope/zarr.json"
+    document = json.loads(place.read_text()) | {field: value}
+    place.write_text(json.dumps(document))
+    text = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    digest = hashlib.sha256(text).hexdigest()
+    forged(store, lambda s: s["arrays"]["posterior/slope"].update(metadata=digest))
+    with pytest.raises(DamagedStoreError):
+        xr_aimz.load_fit(store, saved_models.line)
+
+
 def test_a_huge_claimed_shape(store):
     def change(document):
         document["shape"] = [10**7, 10**8]

@@ -316,4 +316,5 @@ def _check_coupling(wanted: Evaluation, cut: Plan, name: str) -> None:
     inputs = wanted.inputs.of_cell(per)
     cell = replace(fit.binding.without_data(), per=())
     program = replace(wanted.program, binding=cell, dims=inputs.dims, worlds=None)
-    check_split(name, program, inputs, latents, fit.params, pieces, seen)
+    blocks = {d: cut.largest(d) for d in pieces}
+    check_split(name, program, inputs, latents, fit.params, blocks, seen)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from math import prod
 from typing import Any
@@ -38,7 +39,7 @@ from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Dims, Program, reading
 from xr_aimz.model import Site, tracing
 from xr_aimz.pointwise import proven
-from xr_aimz.probe import Probe, probe_shapes, probes
+from xr_aimz.probe import Probe, affordable, outline, probe_shapes, probes
 
 __all__ = ["check_split", "coupled"]
 
@@ -57,7 +58,7 @@ def check_split(
     inputs: Inputs,
     latents: Mapping[str, xr.DataArray],
     params: Mapping[str, Any],
-    dims: Iterable[str],
+    blocks: Mapping[str, int],
     seen: Mapping[str, xr.DataArray],
 ) -> None:
     """Refuse a model that couples cells along dims that are going to be split.
@@ -66,7 +67,7 @@ def check_split(
     ----------
     name : str
         Of the program, as :func:`xr_aimz.device.traced` gives it: it is judged once.
-    program, inputs, latents, params, dims, seen
+    program, inputs, latents, params, blocks, seen
         As in :func:`coupled`.
 
     Raises
@@ -74,9 +75,9 @@ def check_split(
     ModelError
         With the dimensions and the remedies.
     """
-    key = (name, tuple(dims))
+    key = (name, tuple(blocks.items()))
     if key not in _verdicts:
-        _verdicts[key] = coupled(program, inputs, latents, params, key[1], seen)
+        _verdicts[key] = coupled(program, inputs, latents, params, blocks, seen)
     if found := _verdicts[key]:
         shown = found[0] if len(found) == 1 else found
         raise ModelError(
@@ -93,7 +94,7 @@ def coupled(
     inputs: Inputs,
     latents: Mapping[str, xr.DataArray],
     params: Mapping[str, Any],
-    dims: Iterable[str],
+    blocks: Mapping[str, int],
     seen: Mapping[str, xr.DataArray] | None = None,
 ) -> tuple[str, ...] | None:
     """The dims, of those that are going to be split, along which a model couples cells.
@@ -107,36 +108,65 @@ def coupled(
     latents : mapping of site to DataArray ``(chain, draw, ...)``
         Known draws. Sites without, or with lazy ones, get values from their support.
     params : mapping of site to pytree
-    dims : iterable of str
+    blocks : mapping of dim to int
+        The dims that are going to be split, and how long a block is along each.
     seen : mapping of variable to DataArray, optional
         What a lazy input's values may be like: those of the fit.
 
     Returns
     -------
     tuple of str or None
-        Empty for a model whose cells are independent along each of ``dims``. None for one
-        that cannot be judged, because it runs on no probe: sizes are written into it.
+        Empty for a model whose cells are independent along each dim. None for one that cannot
+        be judged, because it runs neither on a probe nor on two blocks: sizes are written into
+        it.
     """
-    dims = tuple(dims)
-    if not dims:
+    if not blocks:
         return ()
-    for wide in (True, False):
-        for sizes in probe_shapes(program, inputs, dims):
-            with jax.enable_x64(wide or _in_64_bits()), warnings.catch_warnings():
-                # What a model warns of, it warns of where it is used.
-                warnings.simplefilter("ignore")
-                try:
-                    tried = probes(program, inputs, latents, seen or {}, sizes)
-                    evaluate = _Evaluator(_with_all_drawn(program, tried[0]), params)
-                    if evaluate.proves(tried[0], dims):
-                        return ()
-                    whole = _with_sources(program, params, tried[0])
-                    if whole.returns != evaluate.program.returns:
-                        evaluate = _Evaluator(whole, params)
-                    return _judged(evaluate, tried, dims)
-                except Exception:
-                    # Whatever a model may raise on sizes and dtypes that it was not made for.
+    judge = partial(_judge, program, inputs, latents, params, tuple(blocks), seen or {})
+    found = judge(probe_shapes(program, inputs, tuple(blocks)))
+    if found is None or (found.proven and not found.dims):
+        # What a model does with lengths it may do with a block's alone: months make whole years
+        # in a block and not in a probe, and the lesser of 30 and a length is 30 in any probe.
+        two = [{**inputs.sizes, **{d: 2 * n for d, n in blocks.items()}}]
+        found = judge(two) or found
+    return None if found is None else found.dims
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """The dims along which cells are coupled, and whether two traces were enough to say so."""
+
+    dims: tuple[str, ...]
+    proven: bool = False
+
+
+def _judge(
+    program: Program,
+    inputs: Inputs,
+    latents: Mapping[str, xr.DataArray],
+    params: Mapping[str, Any],
+    dims: tuple[str, ...],
+    seen: Mapping[str, xr.DataArray],
+    shapes: Iterable[Mapping[str, int]],
+) -> _Verdict | None:
+    """What is found on the first of these shapes on which the model runs."""
+    for sizes, wide in product(shapes, (True, False)):
+        with jax.enable_x64(wide or _in_64_bits()), warnings.catch_warnings():
+            # What a model warns of, it warns of where it is used.
+            warnings.simplefilter("ignore")
+            try:
+                shape = outline(program, inputs, latents, sizes)
+                evaluate = _Evaluator(_with_all_drawn(program, shape), params)
+                if evaluate.proves(shape, dims):
+                    return _Verdict((), proven=True)
+                if not affordable(program, inputs, sizes):
                     continue
+                tried = probes(program, inputs, latents, seen, sizes)
+                whole = _with_sources(program, params, tried[0])
+                return _Verdict(_judged(_Evaluator(whole, params), tried, dims))
+            except Exception:
+                # Whatever a model may raise on sizes and dtypes that it was not made for.
+                continue
     return None
 
 
@@ -173,8 +203,16 @@ def _judged(evaluate: _Evaluator, tried: tuple[Probe, ...], dims: tuple[str, ...
 
         found = dims if differ(dims) else ()
         # Each dim by itself costs another compilation, and only a refusal needs to know.
-        _verdicts[key] = tuple(d for d in found if differ((d,))) or found
+        _verdicts[key] = tuple(d for d in found if _alone(differ, d)) or found
     return _verdicts[key]
+
+
+def _alone(differ: Callable[[tuple[str, ...]], bool], dim: str) -> bool:
+    """Whether one dim by itself shows; a model of equal lengths does not run on half of one."""
+    try:
+        return differ((dim,))
+    except Exception:
+        return False
 
 
 def _finite(outputs: Mapping[str, np.ndarray]) -> float:
@@ -310,16 +348,29 @@ def _supported(fn: Any, noise: jax.Array) -> jax.Array:
     return transform(jnp.reshape(flat[..., : prod(inner[len(batch) :])], inner))
 
 
+def _bare(fn: Any) -> tuple[Any, jax.Array]:
+    """A distribution without its wrappers, and how often each of its cells is not masked."""
+    mask = jnp.zeros(())
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        if isinstance(fn, dist.MaskedDistribution):
+            mask = mask + jnp.asarray(fn._mask, float)
+        if isinstance(fn, dist.Independent):
+            # What was one event is cells of the inner distribution.
+            mask = jnp.expand_dims(mask, tuple(range(-fn.reinterpreted_batch_ndims, 0)))
+        fn = fn.base_dist
+    return fn, mask
+
+
 def _read(site: Site, message: Mapping[str, Any]) -> tuple[Dims, Any]:
     """What is compared of a site, on a last axis: its density, then its parameters."""
     if message["type"] != "sample":
         return (*site.dims, _QUANTITY), jnp.asarray(message["value"], float)[..., None]
-    fn = message["fn"]
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        fn = fn.base_dist
+    fn, mask = _bare(message["fn"])
     if isinstance(fn, dist.Delta):
         return (*site.dims, _QUANTITY), jnp.asarray(fn.v, float)[..., None]
     density = jnp.asarray(fn.log_prob(message["value"]), float)
+    # What is drawn is not masked, and a log-likelihood is: both have to be the same.
+    density = density + mask
     batch = jnp.broadcast_shapes(density.shape, fn.batch_shape)
     found = [p.astype(density.dtype) for p in parameters_by_cell(fn, batch)]
     if any(np.ndim(bound) for bound in jax.tree.leaves(fn.support)):

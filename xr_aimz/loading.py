@@ -86,9 +86,9 @@ def load_fit(
         raise DamagedStoreError(
             f"{vault.name} has format {vault.spec.get('format')!r}; this version reads {FORMAT}"
         )
-    vault.verify()
     reader = _Reader(vault)
     try:
+        vault.verify()
         fields = _fields(vault.spec, reader)
         further = vault.spec["further"]
         kept = None if further is None else _kept(further, fields, reader)
@@ -100,13 +100,17 @@ def load_fit(
         raise DamagedStoreError(
             f"{vault.name}: the spec is none that a fit has ({type(error).__name__}: {error})"
         ) from error
+    drawn = Fit(model=_unknown, **fields)
+    if drawn.token != token:
+        raise DamagedStoreError(f"{vault.name}: the draws are not those of the fit {token!r}")
     # Last: nothing is imported before all else was found to be as it was written.
-    found = found_again(known, model, trust_import)
-    fit = Fit(model=found, **fields)
-    if fit.token != token:
-        raise DamagedStoreError(f"{vault.name}: the draws are not those of the fit {fit.token!r}")
+    fit = replace(drawn, model=found_again(known, model, trust_import))
     more = _more(fit, further is not None, kept, method, trust_import)
     return replace(fit, more=more)
+
+
+def _unknown() -> None:
+    """Stands for the model until all else was looked at."""
 
 
 def _kept(spec: Mapping[str, Any], fields: Mapping[str, Any], reader: _Reader) -> Kept | None:

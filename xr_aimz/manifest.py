@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from zarr.abc.store import Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
@@ -30,6 +32,7 @@ __all__ = [
     "clear",
     "contents",
     "finish",
+    "foreign",
     "is_whole",
     "mark",
     "marked",
@@ -62,6 +65,9 @@ def as_store(store: Any) -> Store:
     """A Zarr store from a path, a URL that fsspec knows, or a store as it is."""
     if isinstance(store, Store):
         return store
+    if isinstance(store, str) and store.startswith("file://"):
+        # The same store as by its path, which is how two are found to be one.
+        return LocalStore(url2pathname(urlsplit(store).path))
     if isinstance(store, str) and "://" in store:
         return _remote(store)
     if isinstance(store, (str, Path)):
@@ -95,6 +101,13 @@ def is_whole(store: Store) -> bool:
 def occupied(store: Store) -> bool:
     """Whether anything at all is in the store."""
     return not sync(store.is_empty(""))
+
+
+def foreign(store: Store) -> list[str]:
+    """Keys that are in no array or group, and so not ours or any of Zarr's."""
+    keys = sync(_listed(store.list()))
+    nodes = {key.split("/")[0] for key in keys if key.endswith(f"/{ROOT}")}
+    return sorted(k for k in keys if k.split("/")[0] not in {*nodes, ROOT, FOLDER})
 
 
 def contents(store: MemoryStore) -> dict[str, bytes]:

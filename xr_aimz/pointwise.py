@@ -2,10 +2,10 @@
 
 What a program computes is written down twice: for a block, and for a part of it. If both read
 alike, operation by operation, number by number, and no operation looks along an axis whose
-length differs between them, then no cell's result can depend on another cell, nor on how many
-there are. An axis that differs belongs to the dimension of the input that it came from, or its
-values are all the same. Whatever is not known here to be safe is not proven, which says nothing
-against it.
+length differs between them, then no cell's result can depend on another cell, nor on which of
+the two sizes it is in. An axis that differs belongs to the dimension of the input that it came
+from, or its values are all the same. Whatever is not known here to be safe is not proven, which
+says nothing against it.
 """
 
 from __future__ import annotations

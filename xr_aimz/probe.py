@@ -20,7 +20,7 @@ from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Program
 from xr_aimz.model import Site
 
-__all__ = ["Probe", "probe_shapes", "probes"]
+__all__ = ["Probe", "affordable", "outline", "probe_shapes", "probes"]
 
 # Half of a probe's length, the first that is not too much: a lag must fit into a probe, and its
 # halves be no period by which a model may count positions (7, 12, 24, 365).
@@ -84,9 +84,14 @@ def probe_shapes(
             left = max(left // short[d], 1)
         if length == _HALVES[-1] or _weight(program, inputs, short) <= _MOST:
             yield short
-            if short != sizes and _weight(program, inputs, sizes) <= 8 * _MOST:
+            if short != sizes and affordable(program, inputs, sizes):
                 yield sizes
             return
+
+
+def affordable(program: Program, inputs: Inputs, sizes: Mapping[str, int]) -> bool:
+    """Whether a model may be evaluated on so much, only to be looked at."""
+    return _weight(program, inputs, sizes) <= 8 * _MOST
 
 
 def _weight(program: Program, inputs: Inputs, sizes: Mapping[str, int]) -> int:
@@ -97,6 +102,46 @@ def _weight(program: Program, inputs: Inputs, sizes: Mapping[str, int]) -> int:
         *(s.dims for s in program.sites.values()),
     ]
     return max(prod(sizes.get(str(d), 1) for d in dims) for dims in every)
+
+
+def outline(
+    program: Program,
+    inputs: Inputs,
+    latents: Mapping[str, xr.DataArray],
+    sizes: Mapping[str, int],
+) -> Probe:
+    """A probe of any sizes whose values are zeros that take no room: for who looks at shapes."""
+
+    def blank(dims: Iterable[Any], array: Any) -> tuple[tuple[str, ...], np.ndarray]:
+        own = tuple(map(str, dims))
+        dtype = np.dtype(float) if array.dtype.kind == "f" else array.dtype
+        shape = tuple(sizes[d] if d in program.binding.dims else array.sizes[d] for d in own)
+        return own, np.broadcast_to(np.zeros((), dtype), shape)
+
+    arrays = {key: blank(a.dims, a) for key, a in inputs.arrays.items()}
+    known = {
+        name: blank((d for d in a.dims if d not in ("chain", "draw")), a)
+        for name, a in latents.items()
+        if a.chunks is None
+    }
+    noise = {
+        s.name: (
+            dims_in_dataset(s, program.binding),
+            np.broadcast_to(0.0, _shape(s, program, sizes)),
+        )
+        for s in _without_values(program, known)
+    }
+    return Probe(sizes, arrays, known, noise)
+
+
+def _without_values(program: Program, known: Mapping[str, Any]) -> list[Site]:
+    kinds = ("param", "deterministic")
+    return [s for n, s in program.sites.items() if s.kind not in kinds and n not in known]
+
+
+def _shape(site: Site, program: Program, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    shape = shape_in_model(site, program.binding, sizes)
+    return shape_in_dataset(site.dims, program.binding, sizes, shape)
 
 
 def probes(
@@ -130,8 +175,10 @@ def probes(
         for name, array in latents.items()
         if array.chunks is None
     }
-    others = [s for n, s in program.sites.items() if s.kind != "param" and n not in known]
-    noise = {s.name: _noise(s, program, sizes, rng) for s in others if s.kind != "deterministic"}
+    noise = {
+        s.name: (dims_in_dataset(s, program.binding), rng.normal(size=_shape(s, program, sizes)))
+        for s in _without_values(program, known)
+    }
     moved = Probe(sizes, _each(_moved, arrays, rng), _each(_moved, known, rng), noise)
     free = Probe(sizes, _each(_free, arrays, rng), known, noise)
     return moved, Probe(sizes, arrays, known, noise), free
@@ -168,14 +215,6 @@ def _picked(array: xr.DataArray, places: Places) -> tuple[tuple[str, ...], np.nd
 def _one_draw(array: xr.DataArray, rng: np.random.Generator) -> xr.DataArray:
     at = {d: int(rng.integers(array.sizes[d])) for d in ("chain", "draw") if d in array.dims}
     return array.isel(at)
-
-
-def _noise(
-    site: Site, program: Program, sizes: Mapping[str, int], rng: np.random.Generator
-) -> tuple[tuple[str, ...], np.ndarray]:
-    shape = shape_in_model(site, program.binding, sizes)
-    shape = shape_in_dataset(site.dims, program.binding, sizes, shape)
-    return dims_in_dataset(site, program.binding), rng.normal(size=shape)
 
 
 def _each(change: Callable[[np.ndarray, Any], np.ndarray], named: Named, rng: Any) -> Named:

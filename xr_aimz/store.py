@@ -26,7 +26,9 @@ from xr_aimz.errors import (
     StoreError,
     WriteError,
 )
+from xr_aimz.lineage import passing
 from xr_aimz.manifest import Manifest
+from xr_aimz.record import versions
 from xr_aimz.rounding import MANTISSA
 from xr_aimz.template import encoded, layout, plain, sharded, template, uniform
 from xr_aimz.transaction import commit, is_repository
@@ -196,7 +198,7 @@ def _resumes(store: Any, into: Store, mine: Manifest, resume: bool) -> bool:
     if there.fingerprint != mine.fingerprint:
         raise StoreError(
             f"{name} exists and holds other results (another fit, Dataset, seed, option or "
-            "version of JAX); choose another path, or mode='w'"
+            "version of JAX or NumPyro); choose another path, or mode='w'"
         )
     return manifest.is_whole(into)
 
@@ -212,9 +214,12 @@ def _fingerprint(ds: xr.Dataset, precision: int | None, lengths: Mapping[str, An
         for name, v in ds.variables.items()
     }
     attrs = {str(name): plain(v.attrs) for name, v in ds.variables.items()}
-    # The history has the time of day.
-    own = {k: v for k, v in plain(ds.attrs).items() if k != "history"}
-    return tokenize(parts, precision, lengths, repr(attrs), repr(own))
+    # The history has the time of day. What was tracked where moves no draw; other versions of
+    # these two may.
+    left_out = {"history", *passing(ds.attrs)}
+    own = {k: v for k, v in plain(ds.attrs).items() if k not in left_out}
+    made_by = {name: versions()[name] for name in ("jax", "numpyro")}
+    return tokenize(parts, precision, lengths, repr(attrs), repr(own), made_by)
 
 
 def _check_own_source(store: Any, into: Store, lazy: Mapping[str, xr.Variable]) -> None:

@@ -105,6 +105,11 @@ def _make_room(store: Any, into: Store, mode: str) -> None:
     unfinished = there is not None and there.fingerprint == "a fit" and not manifest.is_whole(into)
     if mode != "w" and not unfinished:
         raise StoreError(f"{str(store)!r} exists; choose another path, or mode='w'")
+    if mode != "w" and (foreign := manifest.foreign(into)):
+        raise StoreError(
+            f"{str(store)!r} holds a save that was cut short, and {foreign[:3]!r}, which are no "
+            "part of it; choose another path, or mode='w', which empties it"
+        )
     manifest.clear(into)
 
 

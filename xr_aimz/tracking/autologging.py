@@ -42,8 +42,8 @@ def logged() -> Iterator[Callable[[Fit], Fit]]:
     if not _is_on():
         yield lambda fit: fit
         return
-    marks = {MLFLOW_AUTOLOGGING: NAME, **(_setting("extra_tags") or {})}
-    session = _Session(marks, silent=bool(_setting("silent")))
+    extra = _setting("extra_tags") or {}
+    session = _Session({MLFLOW_AUTOLOGGING: NAME}, extra, silent=bool(_setting("silent")))
     session.begin()
     try:
         yield session.fill
@@ -57,7 +57,7 @@ def logged() -> Iterator[Callable[[Fit], Fit]]:
 
 def log_now(fit: Fit, wanted: Wanted) -> Fit:
     """Log one fit that is there already."""
-    session = _Session({}, silent=False)
+    session = _Session({}, {}, silent=False)
     session.begin()
     found = session.fill(fit, wanted)
     session.end()
@@ -67,14 +67,16 @@ def log_now(fit: Fit, wanted: Wanted) -> Fit:
 class _Session:
     """One fit's run, from its start to its end; nothing in here raises but a warning."""
 
-    def __init__(self, marks: Mapping[str, str], *, silent: bool) -> None:
-        self._marks, self._silent = marks, silent
+    def __init__(self, marks: Mapping[str, str], extra: Any, *, silent: bool) -> None:
+        self._marks, self._extra, self._silent = marks, extra, silent
         self._attempts = Attempts()
         self._run: Run | None = None
 
     def begin(self) -> None:
         with self._calls():
-            self._run = self._attempts("the start of a run", lambda: begin(self._marks))
+            self._run = self._attempts(
+                "the start of a run", lambda: begin(self._marks, self._extra)
+            )
 
     def fill(self, fit: Fit, wanted: Wanted | None = None) -> Fit:
         """The fit, with the run's id if it can be found there."""

@@ -54,15 +54,15 @@ class Wanted:
     pictures: bool = True
 
 
-def begin(marks: Mapping[str, str]) -> Run:
-    """The active run, or one that is made; ``marks`` are tags of one that is made."""
+def begin(marks: Mapping[str, str], extra: Mapping[str, str]) -> Run:
+    """The active run, or one that is made, with these tags and ``extra`` ones of the caller's."""
     active, client = mlflow.active_run(), mlflow.MlflowClient()
     if active is not None:
         name = active.info.run_id
         if STATE not in client.get_run(name).data.tags:
             client.set_tag(name, STATE, "running")
             return Run(name, made=False)
-    made = mlflow.start_run(nested=active is not None, tags={**marks, STATE: "running"})
+    made = mlflow.start_run(nested=active is not None, tags={**marks, **extra, STATE: "running"})
     return Run(made.info.run_id, made=True)
 
 
@@ -94,7 +94,7 @@ def fill(run: Run, fit: Fit, wanted: Wanted, attempts: Attempts) -> bool:
     data = attempts("the data's digest", lambda: described(fit)) if wanted.datasets else None
     if data is not None:
         attempts("the data's digest", lambda: _log_input(client, run.id, data))
-    why = missing() if wanted.pictures else None
+    why = attempts("the picture", missing) if wanted.pictures else None
     if why is not None:
         attempts("why there is no picture", lambda: client.set_tag(run.id, "xr_aimz.picture", why))
     drawn = wanted.pictures and why is None
@@ -113,7 +113,10 @@ def _over(name: str, status: str) -> None:
 
 
 def _log_facts(client: Any, name: str, fit: Fit) -> bool:
-    params = [Param(k, v) for k, v in parameters(fit).items()]
+    there = client.get_run(name).data.params
+    # Written once: where the caller has a parameter of that name, ours goes beside it.
+    own = {(k if there.get(k, v) == v else f"xr_aimz.{k}"): v for k, v in parameters(fit).items()}
+    params = [Param(k, v) for k, v in own.items()]
     said = [RunTag(k, v) for k, v in tags(fit).items()]
     for part in _pieces(params, _PARAMS):
         client.log_batch(name, params=part)
