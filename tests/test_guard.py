@@ -427,8 +427,9 @@ def test_a_mask_cell_by_cell_is_no_coupling():
         numpyro.sample("y", fn, obs=None if y is None else y[:, None])
 
     for of in (positive, an_event):
-        for ask in on_blocks(of, 24):
-            ask()
+        for length in (24, 1):
+            for ask in on_blocks(of, length):
+                ask()
 
 
 def test_a_coupling_of_dims_that_must_be_of_one_length_is_found():

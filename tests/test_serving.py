@@ -60,12 +60,14 @@ def free_port():
 
 def running(command, url, log, **environment):
     """A server that has answered once; the caller ends it."""
+    # MLflow starts its own tools by name, and a virtual environment need not be activated.
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     with log.open("w") as out:
         server = subprocess.Popen(
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
+            env={**os.environ, "PATH": path, **environment},
             # It has children of its own, which are ended with it.
             start_new_session=True,
         )

@@ -127,8 +127,9 @@ def coupled(
     if found is None or (found.proven and not found.dims):
         # What a model does with lengths it may do with a block's alone: months make whole years
         # in a block and not in a probe, and the lesser of 30 and a length is 30 in any probe.
-        two = [{**inputs.sizes, **{d: 2 * n for d, n in blocks.items()}}]
-        found = judge(two) or found
+        # In a block of one, what each cell has of its own looks like what all share.
+        two = {d: 2 * max(n, 2) for d, n in blocks.items()}
+        found = judge([{**inputs.sizes, **two}]) or found
     return None if found is None else found.dims
 
 
