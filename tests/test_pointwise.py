@@ -34,9 +34,6 @@ CELL_BY_CELL = {
     "all flattened and back": lambda x: jnp.tanh(x.ravel() * jnp.ones(x.size)).reshape(x.shape),
     "a diagonal": lambda x: jnp.diagonal(x[..., None] * jnp.eye(EVENT), axis1=-2, axis2=-1),
     "moved and back": lambda x: jnp.moveaxis(jnp.moveaxis(x, 0, -1) * 2, -1, 0),
-    "a scan along its event": lambda x: jnp.moveaxis(
-        jax.lax.scan(lambda c, v: (c + v, c * v), x[..., 0], jnp.moveaxis(x, -1, 0))[1], 0, -1
-    ),
 }
 COUPLED = {
     "a mean": lambda x: x - x.mean(0),

@@ -62,5 +62,5 @@ def test_a_key_for_each_counter():
     got = jnp.stack(threefry(keys, counter))
     assert got.shape == (2, 3, 4)
     for i in range(3):
-        alone = of_jax(words(i, i + 10), counter)
+        alone = of_jax(words(i, i + 10), tuple(half[i] for half in counter))
         np.testing.assert_array_equal(got[:, i], jnp.stack(alone))

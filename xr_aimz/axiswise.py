@@ -18,9 +18,6 @@ __all__ = [
     "Tag",
     "Tags",
     "UnprovenError",
-    "joined",
-    "ordinary",
-    "same",
 ]
 
 # Of each axis: None where it is as long in both traces; else the dim that it belongs to, or
@@ -52,11 +49,11 @@ def _broadcasted(here: Any, there: Any, operands: Sequence[Tags]) -> Tags:
             raise UnprovenError
         for axis, (n, tag) in enumerate(zip(var.aval.shape, tags, strict=True)):
             stretched = tag is None and n == 1 and shape[axis] != 1
-            found[axis] = found[axis] if stretched else joined(found[axis], tag)
+            found[axis] = found[axis] if stretched else _joined(found[axis], tag)
     return tuple(found)
 
 
-def joined(a: Tag, b: Tag) -> Tag:
+def _joined(a: Tag, b: Tag) -> Tag:
     """The tag of an axis that two operands share."""
     if b in (a, CONSTANT):
         return a
@@ -64,7 +61,7 @@ def joined(a: Tag, b: Tag) -> Tag:
         return b
     if isinstance(a, Run) and isinstance(b, Run) and _lengths(a) == _lengths(b):
         pairs = zip(a.axes, b.axes, strict=True)
-        return Run(tuple((joined(x, y), n, m) for (x, n, m), (y, _, _) in pairs))
+        return Run(tuple((_joined(x, y), n, m) for (x, n, m), (y, _, _) in pairs))
     raise UnprovenError
 
 
@@ -72,13 +69,13 @@ def _lengths(run: Run) -> list[tuple[int, int]]:
     return [(n, m) for _, n, m in run.axes]
 
 
-def same(here: Any, there: Any, *names: str) -> None:
+def _same(here: Any, there: Any, *names: str) -> None:
     """Refuse an operation whose settings of those names differ between the traces."""
     if any(here.params[name] != there.params[name] for name in names):
         raise UnprovenError
 
 
-def ordinary(tags: Tags, axes: Iterable[int]) -> None:
+def _ordinary(tags: Tags, axes: Iterable[int]) -> None:
     """Refuse an operation along axes that differ."""
     if any(tags[axis] is not None for axis in axes):
         raise UnprovenError
@@ -90,7 +87,7 @@ def _new_axis(here: Any, there: Any, axis: int) -> Tag:
 
 
 def _elementwise(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | None]:
-    same(here, there, *here.params)
+    _same(here, there, *here.params)
     return [_broadcasted(here, there, operands)] * len(here.outvars)
 
 
@@ -99,7 +96,7 @@ def _each(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | No
 
 
 def _broadcast(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | None]:
-    same(here, there, "broadcast_dimensions")
+    _same(here, there, "broadcast_dimensions")
     rank = len(here.outvars[0].aval.shape)
     found = [_new_axis(here, there, axis) for axis in range(rank)]
     places = here.params["broadcast_dimensions"]
@@ -161,20 +158,20 @@ def _groups(equation: Any) -> list[tuple[list[int], list[int]]]:
 
 
 def _squeeze(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | None]:
-    same(here, there, "dimensions")
+    _same(here, there, "dimensions")
     gone = here.params["dimensions"]
-    ordinary(operands[0], gone)
+    _ordinary(operands[0], gone)
     return [tuple(tag for axis, tag in enumerate(operands[0]) if axis not in gone)]
 
 
 def _transpose(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | None]:
-    same(here, there, "permutation")
+    _same(here, there, "permutation")
     return [tuple(operands[0][axis] for axis in here.params["permutation"])]
 
 
 def _reduce(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | None]:
-    same(here, there, *here.params)
-    ordinary(operands[0], here.params["axes"])
+    _same(here, there, *here.params)
+    _ordinary(operands[0], here.params["axes"])
     return [tuple(tag for axis, tag in enumerate(operands[0]) if axis not in here.params["axes"])]
 
 
@@ -182,37 +179,37 @@ def _along(name: str) -> Rule:
     """Of an operation that looks along one axis and keeps it."""
 
     def rule(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | None]:
-        same(here, there, *(key for key in here.params if key != "sizes"))
+        _same(here, there, *(key for key in here.params if key != "sizes"))
         joined = _broadcasted(here, there, operands)
-        ordinary(joined, (here.params[name],))
+        _ordinary(joined, (here.params[name],))
         return [joined] * len(here.outvars)
 
     return rule
 
 
 def _iota(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | None]:
-    same(here, there, "dimension", "dtype")
+    _same(here, there, "dimension", "dtype")
     found = tuple(_new_axis(here, there, a) for a in range(len(here.params["shape"])))
-    ordinary(found, (here.params["dimension"],))
+    _ordinary(found, (here.params["dimension"],))
     return [found]
 
 
 def _stack(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | None]:
-    same(here, there, "axis")
+    _same(here, there, "axis")
     axis = here.params["axis"]
     found = operands[0]
     for tags in operands[1:]:
-        found = tuple(joined(a, b) for a, b in zip(found, tags, strict=True))
+        found = tuple(_joined(a, b) for a, b in zip(found, tags, strict=True))
     return [(*found[:axis], None, *found[axis:])]
 
 
 def _dot(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | None]:
-    same(here, there, "dimension_numbers", "precision", "preferred_element_type")
+    _same(here, there, "dimension_numbers", "precision", "preferred_element_type")
     (left, right), (left_batch, right_batch) = here.params["dimension_numbers"]
-    ordinary(operands[0], left)
-    ordinary(operands[1], right)
+    _ordinary(operands[0], left)
+    _ordinary(operands[1], right)
     batch = [
-        joined(operands[0][a], operands[1][b])
+        _joined(operands[0][a], operands[1][b])
         for a, b in zip(left_batch, right_batch, strict=True)
     ]
     rest = [
@@ -228,19 +225,19 @@ def _dot(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | Non
 
 def _matrices(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | None]:
     """Of an operation on matrices in the last two axes."""
-    same(here, there, *here.params)
-    ordinary(operands[0], (-2, -1))
+    _same(here, there, *here.params)
+    _ordinary(operands[0], (-2, -1))
     return operands
 
 
 def _triangular(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | None]:
     """Systems of equations, one for each column, or row, of the right-hand side."""
-    same(here, there, *here.params)
+    _same(here, there, *here.params)
     matrix, sides = operands
-    ordinary(matrix, (-2, -1))
-    ordinary(sides, (-2 if here.params["left_side"] else -1,))
+    _ordinary(matrix, (-2, -1))
+    _ordinary(sides, (-2 if here.params["left_side"] else -1,))
     batch = zip(matrix[:-2], sides[:-2], strict=True)
-    return [(*(joined(a, b) for a, b in batch), *sides[-2:])]
+    return [(*(_joined(a, b) for a, b in batch), *sides[-2:])]
 
 
 def _slice(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | None]:
@@ -261,7 +258,7 @@ def _slice(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | N
 
 def _gather(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | None]:
     """Entries by their numbers: along axes that do not differ, the others are taken whole."""
-    same(here, there, "dimension_numbers", "mode", "fill_value")
+    _same(here, there, "dimension_numbers", "mode", "fill_value")
     numbers = here.params["dimension_numbers"]
     if numbers.operand_batching_dims:
         raise UnprovenError
@@ -272,7 +269,7 @@ def _gather(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | 
             raise UnprovenError
         if tag is not None and (taken != whole or axis in numbers.start_index_map):
             raise UnprovenError
-    ordinary(operands[1], (-1,))
+    _ordinary(operands[1], (-1,))
     gone = numbers.collapsed_slice_dims
     kept = [tag for axis, tag in enumerate(operands[0]) if axis not in gone]
     cells, rank = list(operands[1][:-1]), len(here.outvars[0].aval.shape)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from xr_aimz.axiswise import CONSTANT, RULES, Rule, Tags, UnprovenError, joined, ordinary, same
+from xr_aimz.axiswise import CONSTANT, RULES, Rule, Tags, UnprovenError
 
 __all__ = ["proven"]
 
@@ -129,33 +129,8 @@ def _inner(name: str) -> Rule:
     return rule
 
 
-def _scan(here: Any, there: Any, operands: Sequence[Tags]) -> Sequence[Tags | None]:
-    same(here, there, "length", "reverse", "num_consts", "num_carry")
-    fixed, carried = here.params["num_consts"], here.params["num_carry"]
-    rows = operands[fixed + carried :]
-    for tags in rows:
-        ordinary(tags, (0,))
-    carry = list(operands[fixed : fixed + carried])
-    programs = here.params["jaxpr"], there.params["jaxpr"]
-    # What is carried may gain a dim in one step; after as many steps as there are it cannot.
-    for _ in range(len(carry) + 2):
-        found = _closed(*programs, [*operands[:fixed], *carry, *(tags[1:] for tags in rows)])
-        after = [_joined_carry(a, b) for a, b in zip(carry, found[:carried], strict=True)]
-        if after == carry:
-            return [*carry, *(None if t is None else (None, *t) for t in found[carried:])]
-        carry = after
-    raise UnprovenError
-
-
-def _joined_carry(before: Tags, after: Tags | None) -> Tags:
-    if after is None or len(before) != len(after):
-        raise UnprovenError
-    return tuple(joined(a, b) for a, b in zip(before, after, strict=True))
-
-
 _RULES: dict[str, Rule] = {
     **RULES,
     **dict.fromkeys(("jit", "pjit"), _inner("jaxpr")),
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _inner("call_jaxpr")),
-    "scan": _scan,
 }
