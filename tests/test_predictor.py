@@ -413,3 +413,83 @@ def test_a_model_of_one_size_is_answered_at_that_size(series):
     fit = ds.aimz.fit(fixed, method="laplace", draws=400)
     table = ds.drop_vars("y").to_dataframe().reset_index()
     assert_answers(Predictor(fit).predict(table), expected(ds, fit, table), "y")
+
+
+def spread(x, y=None):
+    """A deterministic as long as the series is, less one."""
+    b = numpyro.sample("b", dist.Normal(0, 1))
+    numpyro.deterministic("step", b * jnp.diff(x, axis=0))
+    numpyro.deterministic("rises", jnp.diff(x, axis=0) > 0)
+    with xr_aimz.plate("time"), xr_aimz.plate("site"):
+        numpyro.sample("y", dist.Normal(b * x, 1), obs=y)
+
+
+@pytest.mark.parametrize("returns", ["summary", "draws"])
+def test_what_the_series_of_a_row_lacks_is_missing(series, returns):
+    fit = series.aimz.fit(spread, core_dim="time", method="laplace", draws=400)
+    table = series.drop_vars("y").to_dataframe().reset_index()
+    some = table[(table.site != "b") | (table.time < 4)].reset_index(drop=True)
+    params = {"returns": returns, "summary": ["mean"], "quantiles": []}
+    predictor = Predictor(fit)
+    answer = predictor.predict(some, params)
+    rows = answer["row"] if returns == "draws" else answer.index
+    short = (some.site == "b").to_numpy()[rows]
+    for i in range(9):
+        found = answer[f"step_mean[{i}]" if returns == "summary" else f"step[{i}]"]
+        assert found.isna().tolist() == (short & (i > 2)).tolist()
+    alone = predictor.predict(some[some.site != "b"], params)
+    whole, own = (t.drop(columns="row", errors="ignore") for t in (answer[~short], alone))
+    np.testing.assert_allclose(whole.astype(float), own.astype(float), **CLOSE)
+    if returns == "draws":
+        # A bool that some rows lack.
+        assert answer["rises[2]"].dtype == bool
+        assert answer["rises[8]"].dtype == np.float64
+        assert set(answer.loc[~short, "rises[8]"]) <= {0.0, 1.0}
+
+
+def pairs(x, y=None):
+    b = numpyro.sample("b", dist.Normal(0, 1).expand([2, 2]).to_event(2))
+    numpyro.sample("y", dist.Normal(x[..., None, None] * b, 1).to_event(2), obs=y)
+
+
+def test_two_columns_of_one_name_are_refused():
+    rng = np.random.default_rng(6)
+    ds = xr.Dataset(
+        {"x": ("time", np.arange(6.0)), "y": (("time", "p", "q"), rng.normal(size=(6, 2, 2)))},
+        {"time": range(6), "p": ["a", "a, b"], "q": ["b, c", "c"]},
+    )
+    fit = ds.aimz.fit(pairs, method="laplace", draws=400)
+    table = ds[["x"]].to_dataframe().reset_index()
+    for returns, name in (("summary", "y_mean"), ("draws", "y")):
+        with pytest.raises(errors.LabelError, match=rf"'{name}\[a, b, c\]'.*other labels"):
+            Predictor(fit).predict(table, {"returns": returns})
+
+
+def numbered(x, row=None):
+    b = numpyro.sample("b", dist.Normal(0, 1))
+    numpyro.sample("row", dist.Normal(b * x, 1), obs=row)
+
+
+def test_an_outcome_called_as_a_column_of_draws_is_refused_there(series):
+    ds = series.isel(site=0, drop=True).rename(y="row")
+    fit = ds.aimz.fit(numbered, method="laplace", draws=400)
+    table = ds[["x"]].to_dataframe().reset_index()
+    with pytest.raises(errors.OptionError, match=r"'draws'.*\['row'\].*summary"):
+        Predictor(fit).predict(table, {"returns": "draws"})
+    assert "row_mean" in Predictor(fit).predict(table)
+
+
+def twins(rain, other, y=None):
+    b = numpyro.sample("b", dist.Normal(0, 1))
+    numpyro.sample("y", dist.Normal(b * rain.sum(-1) + other, 1), obs=y)
+
+
+def test_two_columns_of_one_name_are_refused_before_a_request():
+    ds = xr.Dataset(
+        {"rain": (("time", "s"), np.ones((6, 2))), "rain[a]": ("time", np.arange(6.0))},
+        {"time": range(6), "s": ["a", "b"]},
+    ).assign(y=("time", np.arange(6.0)))
+    given = {"rain": "rain", "other": "rain[a]"}
+    fit = ds.aimz.fit(twins, given, method="laplace", draws=400)
+    with pytest.raises(errors.LabelError, match=r"'rain\[a\]'"):
+        Predictor(fit)
