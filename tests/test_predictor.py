@@ -206,6 +206,14 @@ def test_what_cannot_be_right_is_refused_by_name(predictor, table, change, error
         ({"do": '{"heat": 1}'}, Exception, "'heat'"),
         ({"new_labels": "ignore"}, errors.OptionError, "'ignore'"),
         ({"sites": ["snow"]}, errors.MissingVariableError, "'snow'"),
+        ({"seed": 2**64}, errors.OptionError, "64 bits"),
+        ({"seed": "a"}, errors.OptionError, "seed='a' is no whole number"),
+        ({"seed": 0.5}, errors.OptionError, "seed=0.5"),
+        ({"draws": float("inf")}, errors.OptionError, "draws=inf"),
+        ({"quantiles": ["low"]}, errors.OptionError, "'low' is no number"),
+        ({"quantiles": None}, errors.OptionError, "quantiles=None: give a list"),
+        ({"summary": "mean"}, errors.OptionError, "summary='mean': give a list"),
+        ({"do": '{"warm": {}}'}, errors.InterventionError, "set nothing"),
     ],
 )
 def test_parameters_that_cannot_be_are_refused_by_name(predictor, table, params, error, named):
@@ -493,3 +501,65 @@ def test_two_columns_of_one_name_are_refused_before_a_request():
     fit = ds.aimz.fit(twins, given, method="laplace", draws=400)
     with pytest.raises(errors.LabelError, match=r"'rain\[a\]'"):
         Predictor(fit)
+
+
+def shifted(x, k, v, y=None):
+    b = numpyro.sample("b", dist.Normal(0, 1))
+    numpyro.sample("y", dist.Normal(b * x + k + v.sum(), 1), obs=y)
+
+
+def test_a_variable_of_no_row_may_be_given_where_it_is_the_same_in_all():
+    ds = xr.Dataset(
+        {"x": ("time", np.arange(6.0)), "y": ("time", np.arange(6.0))}, {"time": range(6)}
+    ).assign(k=7.0, v=("q", [1.0, 2.0]))
+    predictor = Predictor(ds.aimz.fit(shifted, method="laplace", draws=400))
+    table = ds[["x"]].to_dataframe().reset_index()
+    known = predictor.predict(table)
+    np.testing.assert_allclose(predictor.predict(table.assign(k=7.0)), known, **CLOSE)
+    both = table.assign(**{"v[0]": 1.0, "v[1]": 2.0})
+    np.testing.assert_allclose(predictor.predict(both), known, **CLOSE)
+    other = predictor.predict(both.iloc[:1].assign(k=107.0))
+    np.testing.assert_allclose(other.y_mean, known.y_mean[:1] + 100, rtol=1e-5)
+    with pytest.raises(
+        errors.DimensionError, match=r"'k' has the values 3.0 and 0.0 in rows 0 an"
+    ):
+        predictor.predict(table.assign(k=[0.0, 0.0, 0.0, 3.0, 0.0, 0.0]))
+
+
+def test_rows_that_share_labels_are_the_same_in_whatever_pieces_they_come():
+    rng = np.random.default_rng(7)
+    dims = ("time", "site")
+    ds = xr.Dataset(
+        {
+            "warmth": (dims, rng.normal(size=(50, 60))),
+            "forcing": ("time", np.linspace(0, 1, 50)),
+            "melt": (dims, rng.normal(size=(50, 60))),
+        },
+        {"time": np.arange(50), "site": np.arange(60)},
+    )
+    fit = ds.aimz.fit(melting, method="laplace", draws=400)
+    # Far apart, so that they are answered in several pieces, with one time in two of them.
+    at = np.arange(50)
+    table = pd.DataFrame({"time": at, "site": at, "warmth": 1.0, "forcing": 0.5})
+    table = pd.concat([table, table.iloc[:1].assign(site=59)], ignore_index=True)
+    assert len(Predictor(fit).predict(table)) == 51
+    table.loc[50, "forcing"] = 2.0
+    with pytest.raises(errors.DimensionError, match=r"'forcing' has the values 2.0 and 0.5"):
+        Predictor(fit).predict(table)
+
+
+def picked(x, k, y=None):
+    b = numpyro.sample("b", dist.Normal(0, 1))
+    numpyro.sample("y", dist.Normal(b * x + jnp.asarray([1.0, 2.0, 3.0])[k], 1), obs=y)
+
+
+def test_numbers_that_the_model_cannot_run_with_are_an_error_of_the_request():
+    x = np.arange(6.0)
+    ds = xr.Dataset(
+        {"x": ("time", x), "k": ("time", np.arange(6) % 3), "y": ("time", x)}, {"time": range(6)}
+    )
+    predictor = Predictor(ds.aimz.fit(picked, method="laplace", draws=400))
+    table = ds[["x", "k"]].to_dataframe().reset_index()
+    with pytest.raises(errors.InterventionError, match=r"do={'k': 2.0}.*2 and not 2.0"):
+        predictor.predict(table, {"do": '{"k": 2.0}'})
+    assert len(predictor.predict(table, {"do": '{"k": 2}'})) == 6

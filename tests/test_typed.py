@@ -88,6 +88,7 @@ def test_without_labels_at_the_fit_a_column_stays_as_it_is():
         ("f8", [1, 2], [1.0, 2.0]),
         ("f4", [1.5, None], [1.5, np.nan]),
         ("f8", pd.Series([1.5, None], dtype=object), [1.5, np.nan]),
+        ("f8", pd.Series([10**30, 2], dtype=object), [1e30, 2.0]),
         ("i8", [1.0, 2.0], [1, 2]),
         ("i4", [1, 2], [1, 2]),
         ("u1", [1, 255], [1, 255]),

@@ -90,7 +90,8 @@ def _as_numbers(values: pd.Series) -> np.ndarray | None:
     if kind not in ("integer", "floating", "mixed-integer-float", "decimal", "empty"):
         return None
     if kind == "integer" and not values.isna().any():
-        return values.to_numpy(np.int64)
+        small = all(-(2**63) <= value < 2**63 for value in values)
+        return values.to_numpy(np.int64 if small else np.float64)
     return values.to_numpy(np.float64, na_value=np.nan)
 
 
