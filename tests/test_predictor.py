@@ -563,3 +563,28 @@ def test_numbers_that_the_model_cannot_run_with_are_an_error_of_the_request():
     with pytest.raises(errors.InterventionError, match=r"do={'k': 2.0}.*2 and not 2.0"):
         predictor.predict(table, {"do": '{"k": 2.0}'})
     assert len(predictor.predict(table, {"do": '{"k": 2}'})) == 6
+
+
+def tallied(x, count=None, y=None):
+    rate = numpyro.sample("rate", dist.Exponential(1))
+    numpyro.sample("y", dist.Normal(rate * x, 1), obs=y)
+    numpyro.sample("count", dist.Poisson(rate * jnp.exp(x)), obs=count)
+
+
+def test_a_missing_number_that_counts_cannot_answer_is_told_by_row(series):
+    ds = series.isel(site=0, drop=True)
+    ds = ds.assign(count=np.abs(ds.y * 2).round().astype(int))
+    fit = ds.aimz.fit(tallied, method="laplace", draws=400)
+    table = ds[["x"]].to_dataframe().reset_index()
+    gap = table.assign(x=table.x.where(table.time != 3))
+    predictor = Predictor(fit)
+    with pytest.raises(errors.MissingValueError, match=r"rows \[3\].*'x'.*leave those rows out"):
+        predictor.predict(gap)
+    whole = predictor.predict(table)
+    # What the message says can be done.
+    others = predictor.predict(gap.drop(index=3))
+    np.testing.assert_allclose(others, whole.drop(index=3), **CLOSE)
+    filled = predictor.predict(gap.fillna({"x": 0.0})).drop(index=3)
+    np.testing.assert_allclose(filled, whole.drop(index=3), **CLOSE)
+    answer = predictor.predict(gap, {"sites": ["y"]})
+    assert answer.y_mean.isna().tolist() == [i == 3 for i in range(10)]
