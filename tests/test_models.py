@@ -202,6 +202,47 @@ def test_what_cannot_be_is_refused_before_anything_is_written(fit, data, tmp_pat
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"conda_env": "none.yml", "pip_requirements": None},
+        {"pip_requirements": "-r none.txt"},
+        {"code_paths": ["none.py"]},
+        {"extra_files": ["/none"]},
+        {"metadata": {"a": object()}},
+        {"input_example": object()},
+    ],
+)
+def test_a_model_that_cannot_be_saved_whole_leaves_nothing(fit, tmp_path, there, wrong):
+    folder = tmp_path / "models" / "model"
+    if there:
+        folder.mkdir(parents=True)
+    with pytest.raises(Exception):  # noqa: B017, PT011 # MLflow's own, of many classes.
+        xr_aimz.mlflow.save_model(fit, folder, signature=False, **{**SAVED, **wrong})
+    assert folder.exists() == there
+    assert list((tmp_path / "models").rglob("*")) == ([folder] if there else [])
+    xr_aimz.mlflow.save_model(fit, folder, signature=False, **SAVED)
+    assert xr_aimz.mlflow.load_model(folder, line).token == fit.token
+    assert sorted(f.name for f in folder.iterdir()) == [
+        "MLmodel",
+        "conda.yaml",
+        "fit.zarr.zip",
+        "python_env.yaml",
+        "requirements.txt",
+    ]
+
+
+# MLflow does not close what it looks into the folder with.
+@pytest.mark.filterwarnings("ignore:unclosed scandir iterator:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_folder_that_holds_something_is_left_alone(fit, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(mlflow.MlflowException, match="not empty"):
+        xr_aimz.mlflow.save_model(fit, tmp_path, signature=False, **SAVED)
+    assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def mean_of_all(x, y=None):
     slope = numpyro.sample("slope", dist.Normal(0, 10))
     numpyro.sample("y", dist.Normal(slope * (x - x.mean()), 1), obs=y)

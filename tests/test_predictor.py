@@ -206,6 +206,14 @@ def test_what_cannot_be_right_is_refused_by_name(predictor, table, change, error
         ({"do": '{"heat": 1}'}, Exception, "'heat'"),
         ({"new_labels": "ignore"}, errors.OptionError, "'ignore'"),
         ({"sites": ["snow"]}, errors.MissingVariableError, "'snow'"),
+        ({"seed": 2**64}, errors.OptionError, "64 bits"),
+        ({"seed": "a"}, errors.OptionError, "seed='a' is no whole number"),
+        ({"seed": 0.5}, errors.OptionError, "seed=0.5"),
+        ({"draws": float("inf")}, errors.OptionError, "draws=inf"),
+        ({"quantiles": ["low"]}, errors.OptionError, "'low' is no number"),
+        ({"quantiles": None}, errors.OptionError, "quantiles=None: give a list"),
+        ({"summary": "mean"}, errors.OptionError, "summary='mean': give a list"),
+        ({"do": '{"warm": {}}'}, errors.InterventionError, "set nothing"),
     ],
 )
 def test_parameters_that_cannot_be_are_refused_by_name(predictor, table, params, error, named):
@@ -413,3 +421,170 @@ def test_a_model_of_one_size_is_answered_at_that_size(series):
     fit = ds.aimz.fit(fixed, method="laplace", draws=400)
     table = ds.drop_vars("y").to_dataframe().reset_index()
     assert_answers(Predictor(fit).predict(table), expected(ds, fit, table), "y")
+
+
+def spread(x, y=None):
+    """A deterministic as long as the series is, less one."""
+    b = numpyro.sample("b", dist.Normal(0, 1))
+    numpyro.deterministic("step", b * jnp.diff(x, axis=0))
+    numpyro.deterministic("rises", jnp.diff(x, axis=0) > 0)
+    with xr_aimz.plate("time"), xr_aimz.plate("site"):
+        numpyro.sample("y", dist.Normal(b * x, 1), obs=y)
+
+
+@pytest.mark.parametrize("returns", ["summary", "draws"])
+def test_what_the_series_of_a_row_lacks_is_missing(series, returns):
+    fit = series.aimz.fit(spread, core_dim="time", method="laplace", draws=400)
+    table = series.drop_vars("y").to_dataframe().reset_index()
+    some = table[(table.site != "b") | (table.time < 4)].reset_index(drop=True)
+    params = {"returns": returns, "summary": ["mean"], "quantiles": []}
+    predictor = Predictor(fit)
+    answer = predictor.predict(some, params)
+    rows = answer["row"] if returns == "draws" else answer.index
+    short = (some.site == "b").to_numpy()[rows]
+    for i in range(9):
+        found = answer[f"step_mean[{i}]" if returns == "summary" else f"step[{i}]"]
+        assert found.isna().tolist() == (short & (i > 2)).tolist()
+    alone = predictor.predict(some[some.site != "b"], params)
+    whole, own = (t.drop(columns="row", errors="ignore") for t in (answer[~short], alone))
+    np.testing.assert_allclose(whole.astype(float), own.astype(float), **CLOSE)
+    if returns == "draws":
+        # A bool that some rows lack.
+        assert answer["rises[2]"].dtype == bool
+        assert answer["rises[8]"].dtype == np.float64
+        assert set(answer.loc[~short, "rises[8]"]) <= {0.0, 1.0}
+
+
+def pairs(x, y=None):
+    b = numpyro.sample("b", dist.Normal(0, 1).expand([2, 2]).to_event(2))
+    numpyro.sample("y", dist.Normal(x[..., None, None] * b, 1).to_event(2), obs=y)
+
+
+def test_two_columns_of_one_name_are_refused():
+    rng = np.random.default_rng(6)
+    ds = xr.Dataset(
+        {"x": ("time", np.arange(6.0)), "y": (("time", "p", "q"), rng.normal(size=(6, 2, 2)))},
+        {"time": range(6), "p": ["a", "a, b"], "q": ["b, c", "c"]},
+    )
+    fit = ds.aimz.fit(pairs, method="laplace", draws=400)
+    table = ds[["x"]].to_dataframe().reset_index()
+    for returns, name in (("summary", "y_mean"), ("draws", "y")):
+        with pytest.raises(errors.LabelError, match=rf"'{name}\[a, b, c\]'.*other labels"):
+            Predictor(fit).predict(table, {"returns": returns})
+
+
+def numbered(x, row=None):
+    b = numpyro.sample("b", dist.Normal(0, 1))
+    numpyro.sample("row", dist.Normal(b * x, 1), obs=row)
+
+
+def test_an_outcome_called_as_a_column_of_draws_is_refused_there(series):
+    ds = series.isel(site=0, drop=True).rename(y="row")
+    fit = ds.aimz.fit(numbered, method="laplace", draws=400)
+    table = ds[["x"]].to_dataframe().reset_index()
+    with pytest.raises(errors.OptionError, match=r"'draws'.*\['row'\].*summary"):
+        Predictor(fit).predict(table, {"returns": "draws"})
+    assert "row_mean" in Predictor(fit).predict(table)
+
+
+def twins(rain, other, y=None):
+    b = numpyro.sample("b", dist.Normal(0, 1))
+    numpyro.sample("y", dist.Normal(b * rain.sum(-1) + other, 1), obs=y)
+
+
+def test_two_columns_of_one_name_are_refused_before_a_request():
+    ds = xr.Dataset(
+        {"rain": (("time", "s"), np.ones((6, 2))), "rain[a]": ("time", np.arange(6.0))},
+        {"time": range(6), "s": ["a", "b"]},
+    ).assign(y=("time", np.arange(6.0)))
+    given = {"rain": "rain", "other": "rain[a]"}
+    fit = ds.aimz.fit(twins, given, method="laplace", draws=400)
+    with pytest.raises(errors.LabelError, match=r"'rain\[a\]'"):
+        Predictor(fit)
+
+
+def shifted(x, k, v, y=None):
+    b = numpyro.sample("b", dist.Normal(0, 1))
+    numpyro.sample("y", dist.Normal(b * x + k + v.sum(), 1), obs=y)
+
+
+def test_a_variable_of_no_row_may_be_given_where_it_is_the_same_in_all():
+    ds = xr.Dataset(
+        {"x": ("time", np.arange(6.0)), "y": ("time", np.arange(6.0))}, {"time": range(6)}
+    ).assign(k=7.0, v=("q", [1.0, 2.0]))
+    predictor = Predictor(ds.aimz.fit(shifted, method="laplace", draws=400))
+    table = ds[["x"]].to_dataframe().reset_index()
+    known = predictor.predict(table)
+    np.testing.assert_allclose(predictor.predict(table.assign(k=7.0)), known, **CLOSE)
+    both = table.assign(**{"v[0]": 1.0, "v[1]": 2.0})
+    np.testing.assert_allclose(predictor.predict(both), known, **CLOSE)
+    other = predictor.predict(both.iloc[:1].assign(k=107.0))
+    np.testing.assert_allclose(other.y_mean, known.y_mean[:1] + 100, rtol=1e-5)
+    with pytest.raises(
+        errors.DimensionError, match=r"'k' has the values 3.0 and 0.0 in rows 0 an"
+    ):
+        predictor.predict(table.assign(k=[0.0, 0.0, 0.0, 3.0, 0.0, 0.0]))
+
+
+def test_rows_that_share_labels_are_the_same_in_whatever_pieces_they_come():
+    rng = np.random.default_rng(7)
+    dims = ("time", "site")
+    ds = xr.Dataset(
+        {
+            "warmth": (dims, rng.normal(size=(50, 60))),
+            "forcing": ("time", np.linspace(0, 1, 50)),
+            "melt": (dims, rng.normal(size=(50, 60))),
+        },
+        {"time": np.arange(50), "site": np.arange(60)},
+    )
+    fit = ds.aimz.fit(melting, method="laplace", draws=400)
+    # Far apart, so that they are answered in several pieces, with one time in two of them.
+    at = np.arange(50)
+    table = pd.DataFrame({"time": at, "site": at, "warmth": 1.0, "forcing": 0.5})
+    table = pd.concat([table, table.iloc[:1].assign(site=59)], ignore_index=True)
+    assert len(Predictor(fit).predict(table)) == 51
+    table.loc[50, "forcing"] = 2.0
+    with pytest.raises(errors.DimensionError, match=r"'forcing' has the values 2.0 and 0.5"):
+        Predictor(fit).predict(table)
+
+
+def picked(x, k, y=None):
+    b = numpyro.sample("b", dist.Normal(0, 1))
+    numpyro.sample("y", dist.Normal(b * x + jnp.asarray([1.0, 2.0, 3.0])[k], 1), obs=y)
+
+
+def test_numbers_that_the_model_cannot_run_with_are_an_error_of_the_request():
+    x = np.arange(6.0)
+    ds = xr.Dataset(
+        {"x": ("time", x), "k": ("time", np.arange(6) % 3), "y": ("time", x)}, {"time": range(6)}
+    )
+    predictor = Predictor(ds.aimz.fit(picked, method="laplace", draws=400))
+    table = ds[["x", "k"]].to_dataframe().reset_index()
+    with pytest.raises(errors.InterventionError, match=r"do={'k': 2.0}.*2 and not 2.0"):
+        predictor.predict(table, {"do": '{"k": 2.0}'})
+    assert len(predictor.predict(table, {"do": '{"k": 2}'})) == 6
+
+
+def tallied(x, count=None, y=None):
+    rate = numpyro.sample("rate", dist.Exponential(1))
+    numpyro.sample("y", dist.Normal(rate * x, 1), obs=y)
+    numpyro.sample("count", dist.Poisson(rate * jnp.exp(x)), obs=count)
+
+
+def test_a_missing_number_that_counts_cannot_answer_is_told_by_row(series):
+    ds = series.isel(site=0, drop=True)
+    ds = ds.assign(count=np.abs(ds.y * 2).round().astype(int))
+    fit = ds.aimz.fit(tallied, method="laplace", draws=400)
+    table = ds[["x"]].to_dataframe().reset_index()
+    gap = table.assign(x=table.x.where(table.time != 3))
+    predictor = Predictor(fit)
+    with pytest.raises(errors.MissingValueError, match=r"rows \[3\].*'x'.*leave those rows out"):
+        predictor.predict(gap)
+    whole = predictor.predict(table)
+    # What the message says can be done.
+    others = predictor.predict(gap.drop(index=3))
+    np.testing.assert_allclose(others, whole.drop(index=3), **CLOSE)
+    filled = predictor.predict(gap.fillna({"x": 0.0})).drop(index=3)
+    np.testing.assert_allclose(filled, whole.drop(index=3), **CLOSE)
+    answer = predictor.predict(gap, {"sites": ["y"]})
+    assert answer.y_mean.isna().tolist() == [i == 3 for i in range(10)]

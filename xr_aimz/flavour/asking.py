@@ -7,7 +7,7 @@ kept apart from the other statistics, since a list in a request holds one kind o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +64,8 @@ def asked_for(params: Mapping[str, Any] | None) -> Asked:
     returns = given["returns"]
     if returns not in _RETURNS:
         raise OptionError(f"returns={returns!r}: there are {_RETURNS!r}")
-    lists = {name: list(given[name]) for name in ("summary", "quantiles", "sites")}
-    wanted = [*lists["summary"], *(float(q) for q in lists["quantiles"])]
+    lists = {name: _list(name, given[name]) for name in ("summary", "quantiles", "sites")}
+    wanted = [*lists["summary"], *(_number("quantiles", q) for q in lists["quantiles"])]
     if returns == "summary" and not wanted:
         raise OptionError(
             "summary=[] and quantiles=[] ask for nothing; give statistics, or returns='draws'"
@@ -73,13 +73,43 @@ def asked_for(params: Mapping[str, Any] | None) -> Asked:
     question = Question(
         sites=lists["sites"] or None,
         do=_do(given["do"]),
-        draws=None if given["draws"] is None else int(given["draws"]),
-        seed=int(given["seed"]),
+        draws=None if given["draws"] is None else _whole("draws", given["draws"]),
+        seed=_seed(given["seed"]),
         new_labels=given["new_labels"],
         summary=wanted if returns == "summary" else None,
     )
     key = (tuple(lists["sites"]), json.dumps(question.do), question.new_labels)
     return Asked(question, returns == "draws", key)
+
+
+def _list(name: str, given: Any) -> list[Any]:
+    if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
+        raise OptionError(f"{name}={given!r}: give a list, {DEFAULTS[name]!r}")
+    return list(given)
+
+
+def _number(name: str, given: Any) -> float:
+    try:
+        return float(given)
+    except (TypeError, ValueError):
+        raise OptionError(f"{name}: {given!r} is no number") from None
+
+
+def _whole(name: str, given: Any) -> int:
+    try:
+        number = int(given)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or number != given:
+        raise OptionError(f"{name}={given!r} is no whole number")
+    return number
+
+
+def _seed(given: Any) -> int:
+    seed = _whole("seed", given)
+    if not -(2**63) <= seed < 2**64:
+        raise OptionError(f"seed={seed!r}: a seed has at most 64 bits")
+    return seed
 
 
 def _do(given: Any) -> dict[str, Any] | None:
@@ -96,6 +126,10 @@ def _do(given: Any) -> dict[str, Any] | None:
         raise InterventionError(
             f"do={given!r}: a request sets names to numbers, {{'co2': 280.0}}, or names scenarios "
             "of these, {'low': {'co2': 280.0}, 'high': {'co2': 560.0}}"
+        )
+    if read and all(isinstance(v, Mapping) and not v for v in read.values()):
+        raise InterventionError(
+            f"do={given!r}: scenarios that set nothing; give names and numbers"
         )
     return dict(read)
 

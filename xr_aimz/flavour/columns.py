@@ -7,6 +7,7 @@ for each of their labels, ``rain[summer]``; results are named by the same rule.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
@@ -20,7 +21,15 @@ from xr_aimz.errors import LabelError
 from xr_aimz.labelling import extra_labels
 from xr_aimz.posterior import Fit
 
-__all__ = ["Columns", "LabelColumn", "Variable", "columns_of", "entry", "labels_at_fit"]
+__all__ = [
+    "Columns",
+    "LabelColumn",
+    "Variable",
+    "columns_of",
+    "entry",
+    "labels_at_fit",
+    "same_name",
+]
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,15 @@ def entry(name: str, labels: Iterable[Any]) -> str:
     return f"{name}[{shown}]" if shown else name
 
 
+def same_name(columns: Iterable[str]) -> LabelError:
+    """What to raise where two entries would be one column."""
+    return LabelError(
+        f"the table would have several columns called {sorted(set(columns))!r}: labels are joined "
+        "by ', ' there, and a variable may be called as another's entry is. Give other labels or "
+        "names to the Dataset, and fit with those"
+    )
+
+
 def _shown(label: Any) -> str:
     if isinstance(label, np.datetime64):
         return str(pd.Timestamp(label).isoformat())
@@ -100,7 +118,8 @@ def columns_of(fit: Fit) -> Columns:
     Raises
     ------
     LabelError
-        A dimension has a MultiIndex, of which no single column is.
+        A dimension has a MultiIndex, of which no single column is; or two columns would have
+        the same name.
     """
     binding = fit.binding
     alone = len(binding.cut_dims) == 1
@@ -115,6 +134,9 @@ def columns_of(fit: Fit) -> Columns:
         labels.append(LabelColumn(dim, like, required=like is not None or not alone))
     sources = {s.name: s for a in binding.inputs for s in a.sources}
     variables = tuple(_variable(fit, s) for s in sources.values() if not _from_labels(fit, s))
+    names = Counter([*(c.dim for c in labels), *(c for v in variables for c in v.columns)])
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise same_name(twice)
     return Columns(tuple(labels), variables, binding.core_dims)
 
 

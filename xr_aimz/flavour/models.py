@@ -6,8 +6,11 @@ it is a pickle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlflow import MlflowClient, pyfunc
@@ -61,7 +64,7 @@ def save_model(
     extra_files: list[Any] | None = None,
     mlflow_model: Model | None = None,
 ) -> None:
-    """Save a fit as an MLflow model in a folder.
+    """Save a fit as an MLflow model in a folder, whole or not at all.
 
     Parameters
     ----------
@@ -106,16 +109,39 @@ def save_model(
     _describe(described, fit, defaults, signature)
     if metadata is not None:
         described.metadata = metadata
-    _validate_and_prepare_target_save_path(str(folder))
     example = example_of(fit) if input_example is None else input_example
-    _save_example(described, None if example is False else example, str(folder))
-    archive.write(fit, folder / STORE)
-    copied = _validate_and_copy_code_paths(code_paths, str(folder))
-    _add_flavours(described, copied, trust_import, _copy_extra_files(extra_files, str(folder)))
-    if size := get_total_file_size(str(folder)):
-        described.model_size_bytes = size
-    described.save(str(folder / MLMODEL_FILE_NAME))
-    write_environment(folder, environment, FLAVOUR)
+    with _whole(folder) as made:
+        _save_example(described, None if example is False else example, str(made))
+        archive.write(fit, made / STORE)
+        copied = _validate_and_copy_code_paths(code_paths, str(made))
+        _add_flavours(described, copied, trust_import, _copy_extra_files(extra_files, str(made)))
+        if size := get_total_file_size(str(made)):
+            described.model_size_bytes = size
+        described.save(str(made / MLMODEL_FILE_NAME))
+        write_environment(made, environment, FLAVOUR)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A place to write a model, which is in its folder once all is written, and never in part.
+
+    The place is in the folder itself, which may be a disk of its own, or one among others that
+    may not be written.
+    """
+    before = folder.exists()
+    _validate_and_prepare_target_save_path(str(folder))
+    try:
+        with TemporaryDirectory(prefix=".", dir=folder) as place:
+            made = Path(place, folder.name)
+            made.mkdir()
+            yield made
+            # By the last of them a folder is known as a model.
+            for file in sorted(made.iterdir(), key=lambda file: file.name == MLMODEL_FILE_NAME):
+                file.rename(folder / file.name)
+    except BaseException:
+        if not before and not os.listdir(folder):
+            folder.rmdir()
+        raise
 
 
 def _describe(

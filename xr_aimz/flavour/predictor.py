@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from xr_aimz.errors import DtypeError
+from xr_aimz.errors import DtypeError, MissingValueError
 from xr_aimz.flavour.answers import draws_table, summary_table
 from xr_aimz.flavour.asking import asked_for
 from xr_aimz.flavour.columns import columns_of
@@ -16,6 +17,8 @@ from xr_aimz.flavour.tables import datasets
 from xr_aimz.posterior import Fit
 
 __all__ = ["Predictor"]
+
+_SHOWN = 3
 
 
 class Predictor:
@@ -70,6 +73,8 @@ class Predictor:
         ------
         MissingVariableError, LabelError, DtypeError, DimensionError
             A column that is missing, or holds what it cannot.
+        MissingValueError
+            A row lacks a value, and an outcome of ints or bools has none for that.
         OptionError, InterventionError
             A parameter that cannot be.
         ModelError
@@ -85,6 +90,24 @@ class Predictor:
             (piece, answer(ds, self.fit, wanted, self._memory))
             for piece, ds in datasets(model_input, self.columns, self.fit.constant_data)
         )
-        if wanted.draws:
-            return draws_table(results, len(model_input))
-        return summary_table(results, model_input.index)
+        try:
+            if wanted.draws:
+                return draws_table(results, len(model_input))
+            return summary_table(results, model_input.index)
+        except MissingValueError as error:
+            raise self._told_of_rows(model_input, error) from error
+
+    def _told_of_rows(self, table: pd.DataFrame, error: MissingValueError) -> MissingValueError:
+        """The same for someone who has a table, and no Dataset to fill."""
+        own = [c for v in self.columns.variables for c in v.columns if c in table]
+        gaps = table[own].isna()
+        rows = np.flatnonzero(gaps.any(axis=1)).tolist()
+        if not rows:
+            return error
+        there = [c for c in own if gaps[c].any()]
+        return MissingValueError(
+            f"rows {rows[:_SHOWN]!r} of the table ({len(rows)} in all) have no value in columns "
+            f"{there!r}, and an outcome of ints or bools has no missing value to answer with: "
+            "leave those rows out; or give them any number and drop their answers; or ask for "
+            "other outcomes, sites=[...]"
+        )

@@ -9,6 +9,7 @@ proved on a probe before the first answer.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -19,7 +20,7 @@ from uuid import uuid4
 import jax
 import xarray as xr
 
-from xr_aimz.errors import ModelError
+from xr_aimz.errors import AimzError, InterventionError, ModelError
 from xr_aimz.evaluation import Evaluation, check_split_along
 from xr_aimz.flavour.asking import Asked
 from xr_aimz.plan import Plan
@@ -70,8 +71,21 @@ class _Served(Evaluation):
             if key not in traces:
                 if len(traces) >= _MOST:
                     traces.clear()
-                traces[key] = super().traced(sizes)
+                traces[key] = self._newly_traced(sizes)
             return traces[key]
+
+    def _newly_traced(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], str]:
+        try:
+            return super().traced(sizes)
+        except (TypeError, ValueError, IndexError) as error:
+            if self.under is None or isinstance(error, AimzError):
+                raise
+            # The same model ran at the fit, with other numbers.
+            raise InterventionError(
+                f"with do={json.loads(self.key[1])!r} the model does not run: "
+                f"{type(error).__name__}: {error}. Give numbers of the kind that it takes there, "
+                "2 and not 2.0 for an int"
+            ) from error
 
     def padded(self, cut: Plan) -> dict[str, int]:
         self._check_alone(cut)
@@ -126,6 +140,8 @@ def answer(ds: xr.Dataset, fit: Fit, wanted: Asked, memory: Memory) -> xr.Datase
     ModelError
         The model couples cells along a dimension that is no ``core_dim``: an answer would
         depend on which rows come together.
+    InterventionError
+        The model does not run with the numbers that are set.
     """
     check_draws(fit.posterior, fit.sites, fit.binding)
     found = asked(ds, fit, wanted.question)

@@ -7,7 +7,7 @@ and must be the same in all that share its labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -54,6 +54,9 @@ def datasets(
         for name in variable.columns
         if name in table
     }
+    for variable in columns.variables:
+        for name in (c for c in variable.columns if c in values):
+            _check_same(variable, name, values[name], labels)
     shared = {
         str(n): a
         for n, a in held.items()
@@ -116,17 +119,37 @@ def _on_grid(
     variable: Variable, column: str, values: np.ndarray, shape: tuple[int, ...], piece: Piece
 ) -> np.ndarray:
     grid = np.full(shape, values[0], values.dtype)
-    at = tuple(piece.places[d] for d in variable.dims)
-    grid[at] = values
-    there = np.broadcast_to(grid[at], values.shape)
-    other = np.flatnonzero(~((there == values) | (np.isnan(values) & np.isnan(there))))
-    if len(other):
-        row = other[0]
-        where = {d: piece.labels[d][piece.places[d][row]] for d in variable.dims}
-        raise DimensionError(
-            f"column {column!r} has the values {values[row].item()!r} and {there[row].item()!r} "
-            f"in rows with {where!r}, where the fit had one: {variable.name!r} had dims "
-            f"{variable.dims!r} there. Give those rows one value, or fit with the other "
-            "dimensions too"
-        )
+    if variable.dims:
+        grid[tuple(piece.places[d] for d in variable.dims)] = values
     return grid
+
+
+def _check_same(
+    variable: Variable, column: str, values: np.ndarray, labels: Mapping[str, pd.Index]
+) -> None:
+    """Rows that share the labels of a variable's dimensions hold one value of it."""
+    if len(variable.dims) == len(labels):
+        return
+    first = _first_alike(variable.dims, labels, len(values))
+    there = values[first]
+    other = np.flatnonzero(~((there == values) | (np.isnan(values) & np.isnan(there))))
+    if not len(other):
+        return
+    row = other[0]
+    alike = {d: labels[d][row] for d in variable.dims}
+    where = f"rows with {alike!r}" if alike else f"rows {first[row]} and {row}"
+    raise DimensionError(
+        f"column {column!r} has the values {values[row].item()!r} and {there[row].item()!r} "
+        f"in {where}, where the fit had one: {variable.name!r} had dims "
+        f"{variable.dims!r} there. Give those rows one value, or fit with the other "
+        "dimensions too"
+    )
+
+
+def _first_alike(dims: Sequence[str], labels: Mapping[str, pd.Index], rows: int) -> np.ndarray:
+    """For each row the first with the same labels along some dimensions."""
+    if not dims:
+        return np.zeros(rows, int)
+    groups = pd.DataFrame({d: pd.factorize(labels[d])[0] for d in dims}).groupby(list(dims))
+    _, first, group = np.unique(groups.ngroup(), return_index=True, return_inverse=True)
+    return first[group]

@@ -20,6 +20,10 @@ __all__ = ["labels_like", "values_like"]
 _DATE = re.compile(
     r"([+-]?\d{4,})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,6}))?)?)?Z?"
 )
+# Of what pandas reads: "2005" or "20050101" might be a number, and "5" are nanoseconds to it.
+_DASHED = re.compile(r"\s*[+-]?\d{4,}-")
+_UNIT = re.compile(r".*[a-zA-Z:]")
+_AS_TEXT = {"M": "; as text with dashes, '2000-01-31'", "m": "; as text with a unit, '5 days'"}
 _SHOWN = 3
 
 
@@ -53,6 +57,7 @@ def labels_like(column: str, values: pd.Series, like: pd.Index | None) -> pd.Ind
         raise LabelError(
             f"column {column!r} holds {values.tolist()[0]!r} ({values.dtype}), and the labels of "
             f"{column!r} were {_named(like)} at the fit, such as {like.tolist()[0]!r}; give those"
+            f"{_AS_TEXT.get(getattr(like.dtype, 'kind', 'O'), '')}"
         )
     return found
 
@@ -90,7 +95,8 @@ def _as_numbers(values: pd.Series) -> np.ndarray | None:
     if kind not in ("integer", "floating", "mixed-integer-float", "decimal", "empty"):
         return None
     if kind == "integer" and not values.isna().any():
-        return values.to_numpy(np.int64)
+        small = all(-(2**63) <= value < 2**63 for value in values)
+        return values.to_numpy(np.int64 if small else np.float64)
     return values.to_numpy(np.float64, na_value=np.nan)
 
 
@@ -109,8 +115,12 @@ def _times(column: str, values: pd.Series, like: pd.Index) -> pd.Index | None:
     if getattr(values.dtype, "kind", "O") in "fiub" or _as_numbers(values) is not None:
         # 2005: a year, or nanoseconds since 1970?
         return None
+    given = values.tolist()
+    clear = _DASHED if dates else _UNIT
+    if not all(clear.match(value) for value in given if isinstance(value, str)):
+        # The same guess, as text.
+        return None
     try:
-        given = values.tolist()
         read: Any = pd.to_datetime(given, format="ISO8601") if dates else pd.to_timedelta(given)
     except (ValueError, TypeError):
         return None
