@@ -30,21 +30,26 @@ def blank(
     dims: tuple[str | None, ...],
     value: jax.Array,
     passed: Mapping[str, Any],
+    told: Any = False,
 ) -> jax.Array:
     """A site's result with NaN in the cells that are made from a missing value; traceable.
+
+    Where the result was ``told``, a mask on the axes of the site, it is made from nothing.
 
     ``passed`` are the model's arguments, ``dims`` name the axes of ``value``. An argument
     with an observation dimension that the site lacks is left to the model: it knows what
     it makes of many cells.
     """
-    if site.kind != "observed" or not is_float(value):
+    if site.kind != "observed" or not is_float(value) or told is True:
         return value
-    value = jnp.reshape(value, (1,) * (len(dims) - value.ndim) + value.shape)
+    value, own = (
+        jnp.reshape(a, (1,) * (len(dims) - a.ndim) + a.shape) for a in (value, jnp.asarray(told))
+    )
     for argument in binding.arguments:
         array = passed.get(argument.name)
         if argument.name in site.reads | site.seen and array is not None and is_float(array):
             gap = _named_gap(binding, argument, array, dims)
-            value = value if gap is None else jnp.where(gap, jnp.nan, value)
+            value = value if gap is None else jnp.where(gap & ~own, jnp.nan, value)
     return value
 
 

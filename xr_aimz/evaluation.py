@@ -23,6 +23,7 @@ from xr_aimz.binding import block_of
 from xr_aimz.blocks import Factory, Task, lazy_sites
 from xr_aimz.cell_results import in_cells
 from xr_aimz.device import device_dtype, to_device_dtype, traced
+from xr_aimz.drawn_from import Drawing
 from xr_aimz.errors import ModelError
 from xr_aimz.guard import check_split
 from xr_aimz.holes import may_have_holes, without_holes
@@ -240,12 +241,14 @@ def _without_holes(wanted: Evaluation, structs: Mapping[str, Any]) -> Evaluation
     if under is not None and may_have_holes(fit, inputs):
         # What is drawn counts: a contrast of whole numbers may be none.
         structs, _ = replace(wanted, under=None).traced(inputs.sizes)
-    drawn = {n: structs[n].dtype for n in wanted.sites if fit.sites[n].kind == "observed"}
-    whole = {n: dtype for n, dtype in drawn.items() if dtype.kind != "f"}
+    sampled = [n for n, s in fit.sites.items() if s.kind in ("latent", "observed")]
+    drawn = {n: structs[n].dtype if n in structs else fit.sites[n].dtype for n in sampled}
+    whole = {n: np.dtype(dtype) for n, dtype in drawn.items() if np.dtype(dtype).kind != "f"}
     if not whole:
         return wanted
     worlds = None if under is None else under.worlds
-    return replace(wanted, inputs=without_holes(fit, inputs, worlds, whole))
+    drawing = Drawing(fit, inputs, wanted.drawn, worlds)
+    return replace(wanted, inputs=without_holes(drawing, wanted.sites, whole))
 
 
 def _named(

@@ -11,15 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import xarray as xr
 
-from xr_aimz.device import device_dtype
 from xr_aimz.errors import InterventionError
 from xr_aimz.inputs import Inputs
 from xr_aimz.ints import explained, unread
-from xr_aimz.kernel import Program
-from xr_aimz.paths import Parents, below, parents
+from xr_aimz.paths import Parents, arrows_of, below
 from xr_aimz.posterior import Fit
 from xr_aimz.scenarios import Scenario, check_shown, scenarios
 from xr_aimz.worlds import Worlds
@@ -74,7 +71,7 @@ def intervention(
         check_shown(read)
     blank = unread(fit, inputs, read.replaced)
     with explained(fit, inputs):
-        arrows = _arrows(fit, replace(inputs, arrays={**inputs.arrays, **blank}))
+        arrows = arrows_of(fit, inputs, {**inputs.arrays, **blank})
     for scenario in read.all:
         _check_reach(scenario, arrows, returns)
     nodes = below(arrows, {t.node for t in read.targets})
@@ -88,18 +85,6 @@ def intervention(
         read.names,
         frozenset(reached),
     )
-
-
-def _arrows(fit: Fit, inputs: Inputs) -> Parents:
-    inputs = inputs.of_cell(fit.binding.per)
-    program = Program(fit.model, fit.binding.without_data(), fit.sites, inputs.dims, ())
-    structs = {
-        key: jax.ShapeDtypeStruct(
-            tuple(inputs.sizes[str(d)] for d in a.dims), device_dtype(a.dtype)
-        )
-        for key, a in inputs.arrays.items()
-    }
-    return parents(program, structs, fit.params, inputs.sizes)
 
 
 def _check_reach(scenario: Scenario, arrows: Parents, returns: tuple[str, ...]) -> None:

@@ -148,15 +148,18 @@ def _call(
     program = replace(program, dims=own)
 
     def values(
-        program: Program, draw: Mapping[str, Any], shared: Mapping[str, Any], force: Any = None
+        program: Program, draw: Mapping[str, Any], shared: Mapping[str, Any], now: Any = None
     ) -> dict[str, jax.Array]:
-        trace = _run(program, block, draw, shared, force)
+        trace = _run(program, block, draw, shared, now)
+        told = _told(program, block, draw, shared, now)
         passed = arrange(program.binding, shared["arrays"], program.dims, block)
         found = {}
         for name in program.returns:
             site = program.sites[name]
             dims, value = read(site, trace[name])
-            value = blank(program.binding, site, dims, jnp.asarray(value), passed)
+            value = blank(
+                program.binding, site, dims, jnp.asarray(value), passed, told.get(name, False)
+            )
             found[name] = _out(program, site, dims, value, sizes)
         return found
 
@@ -180,7 +183,7 @@ def _in_worlds(
 
     def one(now: Any) -> dict[str, jax.Array]:
         seen = {**shared, "arrays": {**arrays, **now["arrays"]}}
-        return values(here, draw, seen, partial(Forced, worlds=worlds, now=now))
+        return values(here, draw, seen, now)
 
     # A map, not a vmap: in other lanes of a vector the same numbers may round otherwise.
     # XLA takes out of its loop what no world changes.
@@ -193,7 +196,7 @@ def _run(
     block: Block,
     draw: Mapping[str, Any],
     shared: Mapping[str, Any],
-    force: Callable[[Callable], Callable] | None = None,
+    now: Any = None,
 ) -> Mapping[str, Any]:
     passed = arrange(program.binding, shared["arrays"], program.dims, block)
     known = dict(shared["params"])
@@ -209,7 +212,9 @@ def _run(
     drawn = handlers.substitute(model, substitute_fn=drawer)
     if any(program.sites[name].scanned for name in given):
         drawn = _Forwards(drawn)
-    trace = handlers.trace(drawn if force is None else force(drawn)).get_trace(**passed)
+    if program.worlds is not None and now is not None:
+        drawn = Forced(drawn, program.worlds, now)
+    trace = handlers.trace(drawn).get_trace(**passed)
     _check_trace(program, trace, known)
     return trace
 
@@ -242,6 +247,18 @@ def _given(
         elif mask is not True:
             shape = shape_in_model(site, program.binding, block.sizes)
             found[name] = (jnp.reshape(draw["latents"][name], shape), mask)
+    return found
+
+
+def _told(
+    program: Program, block: Block, draw: Mapping[str, Any], shared: Mapping[str, Any], now: Any
+) -> dict[str, Any]:
+    """In which cells the value of a site is one that was given or set."""
+    found = {name: mask for name, (_, mask) in _given(program, block, draw, shared).items()}
+    if program.worlds is not None and now is not None:
+        for change in program.worlds.sites:
+            _, here, _ = now["sites"][change.target]
+            found[change.target] = here | found.get(change.target, False)
     return found
 
 

@@ -8,21 +8,37 @@ what lies above keeps its posterior.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
+import xarray as xr
 from jax.extend.core.primitives import scan_p
 from numpyro import handlers
 from numpyro.ops import provenance
 
 from xr_aimz.axes import shape_in_model
 from xr_aimz.binding import arrange, block_of
+from xr_aimz.device import device_dtype
+from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Program
 from xr_aimz.model import tracing
+from xr_aimz.posterior import Fit
 
-__all__ = ["below", "parents"]
+__all__ = ["arrows_of", "below", "parents"]
 
 Parents = Mapping[str, frozenset[str]]
+
+
+def arrows_of(fit: Fit, inputs: Inputs, arrays: Mapping[str, xr.DataArray]) -> Parents:
+    """The parents of each site of a fit, given arrays of those dtypes; see :func:`parents`."""
+    cell = replace(inputs, arrays=arrays).of_cell(fit.binding.per)
+    program = Program(fit.model, fit.binding.without_data(), fit.sites, cell.dims, ())
+    structs = {
+        key: jax.ShapeDtypeStruct(tuple(cell.sizes[str(d)] for d in a.dims), device_dtype(a.dtype))
+        for key, a in cell.arrays.items()
+    }
+    return parents(program, structs, fit.params, cell.sizes)
 
 
 def parents(
@@ -85,7 +101,12 @@ def _ingredients(message: Mapping[str, Any]) -> Any:
         return message["value"]
     fn = message["fn"]
     # Both: a masked distribution has no density, and one of a user's own may hide its arrays.
-    return jax.tree.leaves(fn), fn.log_prob(message["value"])
+    try:
+        density = fn.log_prob(message["value"])
+    except NotImplementedError:
+        # A distribution that is only drawn from.
+        density = None
+    return jax.tree.leaves(fn), density
 
 
 def below(

@@ -57,8 +57,9 @@ def predict(
 
     Gaps in the outcome are filled, for an outcome is never read. A missing input (NaN) makes
     its cell of the outcome NaN. An outcome of ints or bools has none: ``MissingValueError``,
-    at once where the input is in memory, else from a task. It does not matter what is missing
-    where ``do`` replaces it, nor in a cell of a fit with ``per`` that has no draws.
+    at once where the input is in memory, else from a task, also if it is made from that input
+    through sites that are drawn. It does not matter what is missing where ``do`` replaces it,
+    behind given values, nor in a cell of a fit with ``per`` that has no draws.
     Deterministics are what the model makes of NaN.
 
     Parameters
