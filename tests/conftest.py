@@ -5,6 +5,7 @@ import os
 # Workers of pytest-xdist would each take three quarters of a GPU's memory for themselves.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import jax
 import numpy as np
 import pytest
 import strategies
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, Phase, settings
 from tracking_server import TrackingServer
 
 import xr_aimz
+from xr_aimz import device
 
 # A first example of a shape compiles for a second, which Hypothesis would take for a fault.
 _COMMON = {
@@ -27,6 +29,17 @@ settings.register_profile(
 )
 settings.register_profile("thorough", max_examples=80, **_COMMON)
 settings.load_profile(os.environ.get("XR_AIMZ_HYPOTHESIS", "ci"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_end_with_their_module():
+    """Let go of compiled programs: a process may map 65 530 pieces of memory, and each takes some.
+
+    With all of the suite's, a worker comes to 50 000 and more, and XLA aborts at the limit.
+    """
+    yield
+    device._compiled.clear()
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
