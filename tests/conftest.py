@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, settings
 from tracking_server import TrackingServer
 
 import xr_aimz
-from xr_aimz import device
+from xr_aimz import device, tiles
 
 # A first example of a shape compiles for a second, which Hypothesis would take for a fault.
 _COMMON = {
@@ -39,6 +39,7 @@ def _programs_end_with_their_module():
     """
     yield
     device._compiled.clear()
+    tiles._compiled.clear()
     jax.clear_caches()
 
 

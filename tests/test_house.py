@@ -17,6 +17,7 @@ HOUSE = Path(__file__).parents[1] / "xr_aimz"
 ROOMS = (
     "errors",
     "options",
+    "defaults",
     "labels",
     "threefry",
     "cellwise",

@@ -352,6 +352,54 @@ def test_a_model_with_long_names_and_values_is_logged(mlflow_server, experiment)
 # --- servers that fail ---------------------------------------------------------------------
 
 
+def test_parameters_that_are_there_stay_and_ours_go_beside_them(
+    ds, mlflow_server, experiment, autolog
+):
+    autolog()
+    with mlflow.start_run():
+        mlflow.log_params({"seed": "mine", "method": "laplace"})
+        fit = ds.aimz.fit(line, **FAST)
+    params = named(only(mlflow_server.search(experiment))["data"]["params"])
+    assert params["seed"] == "mine"
+    assert params["xr_aimz.seed"] == "0"
+    assert params["draws"] == "200"
+    assert "xr_aimz.method" not in params
+    assert "mlflow_run_id" in fit.lineage
+
+
+def test_tags_that_are_none_cost_a_warning_and_not_the_fit(ds, mlflow_server, experiment, autolog):
+    autolog(extra_tags=["team"])
+    with pytest.warns(TrackingWarning, match="the start of a run"):
+        fit = ds.aimz.fit(line, **FAST)
+    assert fit.posterior.sizes["draw"] == 200
+
+
+def test_a_matplotlib_that_is_broken_costs_a_warning_and_not_the_fit(
+    mlflow_server, experiment, tmp_path
+):
+    broken = "raise ImportError('numpy.core.multiarray failed to import')"
+    (tmp_path / "matplotlib.py").write_text(broken)
+    script = (
+        "import warnings, test_mlflow, xr_aimz\n"
+        "xr_aimz.mlflow.autolog()\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    fit = test_mlflow.data().aimz.fit(test_mlflow.line, **test_mlflow.FAST)\n"
+        "told = [str(w.message) for w in said if w.category.__name__ == 'TrackingWarning']\n"
+        "print(fit.posterior.sizes['draw'], 'multiarray failed' in told[0])\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path, str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "200 True"
+
+
 def test_a_server_that_is_not_there(ds, autolog, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")

@@ -588,3 +588,26 @@ def test_a_missing_number_that_counts_cannot_answer_is_told_by_row(series):
     np.testing.assert_allclose(filled, whole.drop(index=3), **CLOSE)
     answer = predictor.predict(gap, {"sites": ["y"]})
     assert answer.y_mean.isna().tolist() == [i == 3 for i in range(10)]
+
+
+def test_what_was_found_of_one_model_is_not_taken_for_anothers():
+    """For one row the two are one program; only one of them couples rows."""
+
+    def alone(x, y=None):
+        b = numpyro.sample("b", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(b * x, 1), obs=y)
+
+    def centred(x, y=None):
+        b = numpyro.sample("b", dist.Normal(0, 1))
+        x = x - x.mean() if x.shape[0] > 1 else x
+        numpyro.sample("y", dist.Normal(b * x, 1), obs=y)
+
+    values = np.arange(8.0)
+    ds = xr.Dataset({"x": ("time", values), "y": ("time", values)}, {"time": np.arange(8)})
+    table = ds[["x"]].to_dataframe().reset_index()
+    draws = {"b": np.linspace(0, 1, 6)[None]}
+    Predictor(ds.aimz.from_posterior(alone, draws)).predict(table.iloc[:1])
+    other = Predictor(ds.aimz.from_posterior(centred, draws))
+    for rows in (1, 8):
+        with pytest.raises(errors.ModelError, match="couples cells along 'time'"):
+            other.predict(table.iloc[:rows])

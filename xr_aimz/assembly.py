@@ -56,7 +56,15 @@ class Further:
     first: int
 
     def __call__(self, draws: int, seed: int) -> Fit:
-        return _further(self.bound, self.drawn, self.arrays, self.first, draws, seed)
+        drawn = self.drawn
+        assert drawn.more is not None
+        # With the number: the same seed twice in a row must not give the same draws twice.
+        own = int(np.random.SeedSequence([seed % 2**64, self.first]).generate_state(1)[0])
+        found = drawn.more(draws, own)
+        if not isinstance(found, Draws):
+            found = replace(drawn, samples=found, shape=(drawn.shape[0], draws), stats={})
+        fitted = labelled(self.bound, found, self.arrays, self.first)
+        return replace(fitted, concerns=concerns_of(fitted))
 
     def kept(self) -> Kept | None:
         """What a store keeps of it; None of a method that it has no place for."""
@@ -78,25 +86,6 @@ def labelled_draws(
     """Draws of sites with their dims and labels; the draws are numbered from ``first`` on."""
     chain, draw = np.arange(shape[0]), first + np.arange(shape[1])
     return label(values, bound.sites, bound.binding, bound.inputs, chain, draw)
-
-
-def _further(
-    bound: Bound,
-    drawn: Draws,
-    arrays: Mapping[str, jax.Array],
-    first: int,
-    draws: int,
-    seed: int,
-) -> Fit:
-    """Further draws, numbered from ``first`` on."""
-    assert drawn.more is not None
-    # With the number: the same seed twice in a row must not give the same draws twice.
-    own = int(np.random.SeedSequence([seed % 2**64, first]).generate_state(1)[0])
-    found = drawn.more(draws, own)
-    if not isinstance(found, Draws):
-        found = replace(drawn, samples=found, shape=(drawn.shape[0], draws), stats={})
-    fitted = labelled(bound, found, arrays, first)
-    return replace(fitted, concerns=concerns_of(fitted))
 
 
 def _spans(site: Site, binding: Binding) -> bool:

@@ -8,7 +8,7 @@ each world by itself, and what is left open of all of them is a mask of the inpu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -25,7 +25,7 @@ from xr_aimz.posterior import Fit
 from xr_aimz.upstream import step_dim
 from xr_aimz.worlds import Change, Value, Worlds
 
-__all__ = ["Drawing", "is_nowhere"]
+__all__ = ["Drawing", "is_nowhere", "over"]
 
 _EVERYWHERE, _NOWHERE = xr.Variable((), True), xr.Variable((), False)
 
@@ -115,7 +115,7 @@ class Drawing:
             if site in on_the_way:
                 seen.append(some)
                 kept = self._apart(source, on_the_way)
-                yield _all([_over(free[n], kept) for n in sorted(some)])
+                yield _all([over(free[n], kept) for n in sorted(some)])
 
     def _on_the_way(
         self, arrows: Parents, key: str, site: str, passable: Collection[str]
@@ -188,6 +188,7 @@ def _all(masks: list[xr.Variable]) -> xr.Variable:
     return found
 
 
-def _over(mask: xr.Variable, kept: Collection[str]) -> xr.Variable:
+def over(mask: xr.Variable, kept: Collection[Hashable]) -> xr.Variable:
+    """A mask over some dims: true where it is anywhere along the others."""
     gone = [d for d in mask.dims if d not in kept]
     return mask.any(gone) if gone else mask

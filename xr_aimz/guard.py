@@ -124,7 +124,7 @@ def coupled(
         return ()
     judge = partial(_judge, program, inputs, latents, params, tuple(blocks), seen or {})
     found = judge(probe_shapes(program, inputs, tuple(blocks)))
-    if found is None or (found.proven and not found.dims):
+    if found is None or found.proven:
         # What a model does with lengths it may do with a block's alone: months make whole years
         # in a block and not in a probe, and the lesser of 30 and a length is 30 in any probe.
         # In a block of one, what each cell has of its own looks like what all share.
@@ -209,10 +209,11 @@ def _judged(evaluate: _Evaluator, tried: tuple[Probe, ...], dims: tuple[str, ...
 
 
 def _alone(differ: Callable[[tuple[str, ...]], bool], dim: str) -> bool:
-    """Whether one dim by itself shows; a model of equal lengths does not run on half of one."""
+    """Whether one dim by itself shows."""
     try:
         return differ((dim,))
     except Exception:
+        # A model of two equal lengths raises whatever it may on half of one; both are named then.
         return False
 
 
@@ -342,6 +343,7 @@ def _supported(fn: Any, noise: jax.Array) -> jax.Array:
         transform = biject_to(fn.support)
         inner = transform.inverse_shape(noise.shape)
     except NotImplementedError:
+        # NumPyro knows no way into this support: any values serve that are the same twice.
         return noise
     batch = noise.shape[: noise.ndim - fn.event_dim]
     flat = jnp.reshape(noise, (*batch, -1))

@@ -18,7 +18,7 @@ import xarray as xr
 
 from xr_aimz.binding import Argument, Source
 from xr_aimz.cell_results import drawn_cells
-from xr_aimz.drawn_from import Drawing, is_nowhere
+from xr_aimz.drawn_from import Drawing, is_nowhere, over
 from xr_aimz.errors import MissingValueError
 from xr_aimz.inputs import Inputs
 from xr_aimz.posterior import Fit
@@ -94,15 +94,10 @@ def _checked(
     with_draws = drawn_cells(fit, inputs)
     used = cells if with_draws is None else cells & with_draws.variable
     checked = xr.apply_ufunc(
-        _check, array.variable, _over(used, array.dims), kwargs={"what": what},
+        _check, array.variable, over(used, array.dims), kwargs={"what": what},
         dask="parallelized", output_dtypes=[array.dtype], keep_attrs=True,
     )  # fmt: skip
     return array if checked.chunks is None else array.copy(data=checked.data)
-
-
-def _over(mask: xr.Variable, dims: tuple[Any, ...]) -> xr.Variable:
-    gone = [d for d in mask.dims if d not in dims]
-    return mask.any(gone) if gone else mask
 
 
 def _check(array: np.ndarray, used: Any, *, what: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from xr_aimz.further import Kept, Origin
 from xr_aimz.inputs import Inputs
 from xr_aimz.model import Plate, Site
 from xr_aimz.packing import unpack
-from xr_aimz.posterior import Fit
+from xr_aimz.posterior import Fit, token_of
 from xr_aimz.reopened import Reopened, Unkept
 from xr_aimz.saving import FORMAT
 from xr_aimz.source import found_again
@@ -73,6 +73,8 @@ def load_fit(
     DamagedStoreError
         The store was changed or damaged, or has something in it that no fit has: the message
         says what and where.
+    MemoryLimitError
+        An array that is read at once does not fit in memory.
     ModelError
         No model is given, or its source is not that of the fit.
 
@@ -100,17 +102,12 @@ def load_fit(
         raise DamagedStoreError(
             f"{vault.name}: the spec is none that a fit has ({type(error).__name__}: {error})"
         ) from error
-    drawn = Fit(model=_unknown, **fields)
-    if drawn.token != token:
+    if token_of(fields["posterior"], fields["params"]) != token:
         raise DamagedStoreError(f"{vault.name}: the draws are not those of the fit {token!r}")
     # Last: nothing is imported before all else was found to be as it was written.
-    fit = replace(drawn, model=found_again(known, model, trust_import))
+    fit = Fit(model=found_again(known, model, trust_import), **fields)
     more = _more(fit, further is not None, kept, method, trust_import)
     return replace(fit, more=more)
-
-
-def _unknown() -> None:
-    """Stands for the model until all else was looked at."""
 
 
 def _kept(spec: Mapping[str, Any], fields: Mapping[str, Any], reader: _Reader) -> Kept | None:

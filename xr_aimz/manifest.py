@@ -33,6 +33,7 @@ __all__ = [
     "contents",
     "finish",
     "foreign",
+    "holds",
     "is_whole",
     "mark",
     "marked",
@@ -101,6 +102,13 @@ def is_whole(store: Store) -> bool:
 def occupied(store: Store) -> bool:
     """Whether anything at all is in the store."""
     return not sync(store.is_empty(""))
+
+
+def holds(store: Store, other: Store) -> bool:
+    """Whether emptying a store would empty another."""
+    if isinstance(store, LocalStore) and isinstance(other, LocalStore):
+        return Path(other.root).resolve().is_relative_to(Path(store.root).resolve())
+    return store == other
 
 
 def foreign(store: Store) -> list[str]:

@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-@autologging_integration(NAME)  # type: ignore[untyped-decorator]
+@autologging_integration(NAME)  # type: ignore[untyped-decorator] # MLflow is untyped
 def autolog(
     *,
     log_datasets: bool = True,

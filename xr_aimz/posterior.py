@@ -23,7 +23,7 @@ from xr_aimz.errors import OptionError
 from xr_aimz.labelling import result_name
 from xr_aimz.model import Site
 
-__all__ = ["Fit"]
+__all__ = ["Fit", "token_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,15 +92,7 @@ class Fit:
     @cached_property
     def token(self) -> str:
         """A name for the draws and params by their content; lazy draws by their graph's."""
-        digest = hashlib.sha256()
-        for name, variable in sorted(self.posterior.variables.items(), key=lambda v: str(v[0])):
-            digest.update(repr((name, variable.dims, variable.dtype, variable.shape)).encode())
-            digest.update(_content(variable))
-        leaves, structure = jax.tree.flatten(dict(self.params))
-        digest.update(str(structure).encode())
-        for leaf in leaves:
-            digest.update(np.asarray(leaf).tobytes())
-        return digest.hexdigest()
+        return token_of(self.posterior, self.params)
 
     def sample(self, draws: int, *, seed: int = 0) -> Fit:
         """Further draws from the same posterior, as a Fit of their own.
@@ -266,6 +258,19 @@ class Fit:
     def observed(self) -> tuple[str, ...]:
         """The names of the observed sites."""
         return tuple(name for name, site in self.sites.items() if site.kind == "observed")
+
+
+def token_of(posterior: xr.Dataset, params: Mapping[str, Any]) -> str:
+    """What a fit with those draws and params is known by."""
+    digest = hashlib.sha256()
+    for name, variable in sorted(posterior.variables.items(), key=lambda v: str(v[0])):
+        digest.update(repr((name, variable.dims, variable.dtype, variable.shape)).encode())
+        digest.update(_content(variable))
+    leaves, structure = jax.tree.flatten(dict(params))
+    digest.update(str(structure).encode())
+    for leaf in leaves:
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _content(variable: xr.Variable) -> bytes:

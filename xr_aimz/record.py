@@ -24,14 +24,11 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMCKernel
 
 from xr_aimz.binding import Binding
+from xr_aimz.defaults import CHAINS, DRAWN, LEARNING_RATE, STEPPED
 from xr_aimz.options import get_options
 
 __all__ = ["options_of", "readable", "versions"]
 
-_DRAWN = {"draws": 1000}
-_CHAINS = {"draws": 1000, "chains": 4, "warmup": 1000}
-_STEPS = {"draws": 1000, "steps": 10_000}
-_TRAINED = {**_STEPS, "optimizer": 0.05}
 # What says where something was put, and not how the draws came about.
 _PLACES = ("checkpoint", "store")
 _ALWAYS = ("dask", "jax", "jaxlib", "numpy", "numpyro", "xarray", "xr_aimz", "zarr")
@@ -80,13 +77,13 @@ def _defaults(method: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             "warmup": method.num_warmup,
         }
     if method == "nuts" or isinstance(method, MCMCKernel):
-        return dict(_CHAINS)
+        return dict(CHAINS)
     if isinstance(method, (SVI, SteinVI)):
-        found: dict[str, Any] = {**_STEPS, "optimizer": method.optim}
+        found: dict[str, Any] = {**STEPPED, "optimizer": method.optim}
     elif method == "svi" or isinstance(method, AutoGuide) or inspect.isclass(method):
-        found = dict(_TRAINED)
+        found = {**STEPPED, "optimizer": LEARNING_RATE}
     else:
-        return dict(_DRAWN)
+        return dict(DRAWN)
     if "epochs" in given:
         del found["steps"]
     return found

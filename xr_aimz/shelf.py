@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
-from zarr.codecs import BloscCodec
 
 from xr_aimz.errors import StoreError
 from xr_aimz.per_cell import Arrays, Place, Plan
+from xr_aimz.template import CODECS
 
 __all__ = ["Stored"]
 
@@ -130,9 +130,7 @@ class Stored:
                 shape=shape,
                 dtype=dtype,
                 chunks=tuple(min(c, max(n, 1)) for c, n in zip(chunks, shape, strict=True)),
-                compressors=BloscCodec(
-                    cname="lz4", clevel=5, shuffle="bitshuffle", blocksize=2**16
-                ),
+                compressors=CODECS,
                 fill_value=np.nan if dtype.kind == "f" else 0,
                 dimension_names=self._dims(name, lead, len(shape)),
                 overwrite=True,

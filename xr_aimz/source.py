@@ -129,6 +129,7 @@ def _imported(spec: Mapping[str, Any], path: str, what: str) -> Callable:
     try:
         home = import_module(module)
     except Exception as error:
+        # A module may raise anything as it is run.
         raise ModelError(f"importing {module!r} failed ({error}); give the {what}") from error
     found = _reached(home, qualname)
     if not callable(found) or _path(found) != path or not _names_numpyro(home):

@@ -224,18 +224,13 @@ def _fingerprint(ds: xr.Dataset, precision: int | None, lengths: Mapping[str, An
 
 def _check_own_source(store: Any, into: Store, lazy: Mapping[str, xr.Variable]) -> None:
     """What is to be replaced must not be what the results are read from."""
-    if manifest.occupied(into) and any(_holds(into, source) for source in stores_read(lazy)):
+    if manifest.occupied(into) and any(
+        manifest.holds(into, source) for source in stores_read(lazy)
+    ):
         raise StoreError(
             f"mode='w' would empty {str(store)!r}, from which these results are read; write to "
             "another path"
         )
-
-
-def _holds(store: Store, other: Store) -> bool:
-    """Whether emptying a store would empty another."""
-    if isinstance(store, LocalStore) and isinstance(other, LocalStore):
-        return Path(other.root).resolve().is_relative_to(Path(store.root).resolve())
-    return store == other
 
 
 def _check_space(into: Store, lazy: Mapping[str, xr.Variable], done: int) -> None:

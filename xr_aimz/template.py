@@ -20,11 +20,11 @@ from zarr.storage import MemoryStore
 
 from xr_aimz.errors import OptionError
 
-__all__ = ["encoded", "layout", "plain", "sharded", "template", "uniform"]
+__all__ = ["CODECS", "encoded", "layout", "plain", "sharded", "template", "uniform"]
 
 # By measurement, docs/store.md: a stronger codec finds as little in noise, and takes longer.
 # Blocks of 64 KiB stay in a core's first caches: 0.8 of the time that Blosc's own size takes.
-_CODECS = (BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", blocksize=2**16),)
+CODECS = (BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", blocksize=2**16),)
 _KEPT = ("units", "calendar")
 # Attrs that would have a reader change the values; these are written as they are.
 _DECODED = ("_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned")
@@ -73,7 +73,7 @@ def template(
             name=name,
             shape=variable.shape,
             dtype=variable.dtype,
-            compressors=_CODECS,
+            compressors=CODECS,
             dimension_names=[str(d) for d in variable.dims],
             attributes={k: v for k, v in plain(variable.attrs).items() if k not in _DECODED},
             **layout[name],

@@ -15,25 +15,24 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil, prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 import zarr
 from zarr.abc.store import Store
-from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.codecs import Crc32cCodec
 from zarr.core.sync import sync
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import MemoryStore
 
 from xr_aimz import manifest
 from xr_aimz.errors import StoreError, WriteError
+from xr_aimz.template import CODECS
 from xr_aimz.writing import stores_read, write
 
 __all__ = ["DIGEST", "SPEC", "Content", "content_digest", "digest", "grid", "is_path", "keep"]
 
 SPEC, DIGEST = "xr_aimz_fit", "xr_aimz_sha256"
-_CODECS = (BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", blocksize=2**16), Crc32cCodec())
 _CHUNK = 2**26
 # A name is one part of a path: it can lead nowhere else.
 _NAME = re.compile(r"[^/\\\x00-\x1f]{1,200}")
@@ -115,12 +114,8 @@ def _make_room(store: Any, into: Store, mode: str) -> None:
 
 def _check_own_source(store: Any, into: Store, content: Content) -> None:
     """What is to be replaced must not be what lazy draws are read from."""
-    for source in stores_read(content.lazy):
-        inside = source == into
-        if isinstance(source, LocalStore) and isinstance(into, LocalStore):
-            inside = Path(source.root).resolve().is_relative_to(Path(into.root).resolve())
-        if inside:
-            raise StoreError(f"the fit is read from {str(store)!r} itself; choose another path")
+    if any(manifest.holds(into, source) for source in stores_read(content.lazy)):
+        raise StoreError(f"the fit is read from {str(store)!r} itself; choose another path")
 
 
 def _unmarked(name: str, index: tuple[int, ...]) -> None:
@@ -162,7 +157,7 @@ def _template(content: Content) -> MemoryStore:
             shape=array.shape,
             dtype=array.dtype,
             chunks=_chunks(content, path),
-            compressors=_CODECS,
+            compressors=(*CODECS, Crc32cCodec()),
             dimension_names=content.dims[path],
             attributes=content.attrs.get(path, {}),
         )

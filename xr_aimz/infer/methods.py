@@ -14,6 +14,7 @@ from numpyro.infer import HMC, MCMC, SVI
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMCKernel
 
+from xr_aimz.defaults import CHAINS, DRAWN, STEPPED
 from xr_aimz.errors import OptionError
 from xr_aimz.infer import laplace, mcmc, minibatch, stein, svi
 from xr_aimz.infer.cells import CellMethod, laplace_cells, mcmc_cells, svi_cells
@@ -59,7 +60,7 @@ def _chains(
     options = _taken(method, asked, taken)
     kernel = mcmc.kernel_for(model, options.pop("init", None)) if method == "nuts" else method
     _same_model(model, kernel)
-    settings = {"draws": 1000, "chains": 4, "warmup": 1000, **options}
+    settings = {**CHAINS, **options}
     sampler = mcmc.sampler_for(kernel, progress=progress, **settings)
     return lambda problem: mcmc.run(problem, sampler, seed=seed)
 
@@ -72,25 +73,25 @@ def _guided(
     guide = None if method == "svi" else method
     if isinstance(method, AutoGuide):
         _same_model(model, method)
-    made = svi.svi_for(model, guide, optimizer, init, options.get("steps", svi.STEPS))
+    made = svi.svi_for(model, guide, optimizer, init, options.get("steps", STEPPED["steps"]))
     if optimizer is None or isinstance(optimizer, (int, float)):
         options["full_rate"] = svi.FULL_RATE
     return _variational(made, options, seed, progress)
 
 
 def _gaussian(options: dict[str, Any], seed: int) -> Callable[[Problem], Draws]:
-    settings = {"draws": 1000, "init": None, **options}
+    settings = {**DRAWN, "init": None, **options}
     return lambda problem: laplace.run(problem, seed=seed, **settings)
 
 
 def cell_inference(model: Callable, method: Any, asked: dict[str, Any]) -> CellMethod:
     """How each cell of a fit with ``per`` is fitted; options are checked here."""
     if method == "laplace":
-        options = {"draws": 1000, **_taken(method, asked, {"draws", "init"})}
+        options = {**DRAWN, **_taken(method, asked, {"draws", "init"})}
         return laplace_cells(options.pop("init", None), **options)
     if method == "nuts" or isinstance(method, HMC):
         taken = {"draws", "chains", "warmup"} | ({"init"} if method == "nuts" else set())
-        options = {"draws": 1000, "chains": 4, "warmup": 1000, **_taken(method, asked, taken)}
+        options = {**CHAINS, **_taken(method, asked, taken)}
         init = options.pop("init", None)
         if method == "nuts":
             return mcmc_cells(lambda own: mcmc.kernel_for(own, init), **options)
@@ -99,7 +100,7 @@ def cell_inference(model: Callable, method: Any, asked: dict[str, Any]) -> CellM
         return mcmc_cells(lambda own: method.wrap_model(lambda _: own), **options)
     if method == "svi" or (inspect.isclass(method) and issubclass(method, AutoGuide)):
         options = _taken(method, asked, {"draws", "steps", "optimizer", "init"})
-        settings = {"draws": 1000, "steps": svi.STEPS, **options}
+        settings = {**STEPPED, **options}
         optimizer, init = settings.pop("optimizer", None), settings.pop("init", None)
         own_schedule = optimizer is None or isinstance(optimizer, (int, float))
         full_rate = svi.FULL_RATE if own_schedule else 1.0
@@ -118,7 +119,7 @@ def _in_batches(
     """Variational inference on batches, by any of its doors."""
     options = _batch_options(model, method, asked)
     previous, init = _previous(options.pop("init", None))
-    optimizer, draws = options.pop("optimizer", None), options.pop("draws", 1000)
+    optimizer, draws = options.pop("optimizer", None), options.pop("draws", DRAWN["draws"])
     full_rate = None
     if isinstance(method, SVI):
         if init is not None:
@@ -162,7 +163,7 @@ def _batch_options(model: Callable, method: Any, asked: dict[str, Any]) -> dict[
     epochs = options.get("epochs", 1)
     if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not epochs > 0:
         raise OptionError(f"epochs={epochs!r}: it must be a number above 0")
-    return options if "epochs" in options else {"steps": svi.STEPS, **options}
+    return options if "epochs" in options else {"steps": STEPPED["steps"], **options}
 
 
 def _is_guide(method: Any) -> bool:
@@ -201,14 +202,14 @@ def _check_whole(asked: dict[str, Any]) -> None:
 def _variational(
     inference: SVI, options: dict[str, Any], seed: int, progress: bool
 ) -> Callable[[Problem], Draws]:
-    settings = {"draws": 1000, "steps": svi.STEPS, **options}
+    settings = {**STEPPED, **options}
     return lambda problem: svi.run(problem, inference, seed=seed, progress=progress, **settings)
 
 
 def _stein(
     model: Callable, method: SteinVI, asked: dict[str, Any], seed: int, progress: bool
 ) -> Callable[[Problem], Draws]:
-    options = {"draws": 1000, "steps": stein.STEPS} | _taken(method, asked, {"draws", "steps"})
+    options = STEPPED | _taken(method, asked, {"draws", "steps"})
     _same_model(model, method)
     return lambda problem: stein.run(problem, method, seed=seed, progress=progress, **options)
 

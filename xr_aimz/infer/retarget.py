@@ -64,6 +64,7 @@ def _kernel(kernel: MCMCKernel, model: Callable, other: Callable, wrap: Wrap) ->
     try:
         return kernel.wrap_model(lambda held: other if held is model else wrap(held))
     except NotImplementedError:
+        # A kernel without a way of its own: a copy is handed the model below.
         pass
     if getattr(kernel, "_model", None) is not model:
         raise OptionError(

@@ -23,9 +23,7 @@ from xr_aimz.infer.coverage import check_guide
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.model import tracing
 
-__all__ = ["STEPS", "run"]
-
-STEPS = 10_000
+__all__ = ["run"]
 
 
 def run(

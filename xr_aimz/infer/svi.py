@@ -18,6 +18,7 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from tqdm.auto import tqdm
 
+from xr_aimz.defaults import LEARNING_RATE
 from xr_aimz.errors import ModelError, OptionError
 from xr_aimz.further import Origin
 from xr_aimz.infer.coverage import check_guide
@@ -25,9 +26,9 @@ from xr_aimz.infer.mcmc import init_strategy
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.model import tracing
 
-__all__ = ["FULL_RATE", "STEPS", "check_params", "reopened", "run", "sample_guide", "svi_for"]
+__all__ = ["FULL_RATE", "check_params", "reopened", "run", "sample_guide", "svi_for"]
 
-STEPS, LEARNING_RATE, FULL_RATE, LAST_RATE = 10_000, 0.05, 0.7, 1e-3
+FULL_RATE, LAST_RATE = 0.7, 1e-3
 _PIECES = 50
 
 
