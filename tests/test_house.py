@@ -100,6 +100,7 @@ ROOMS = (
     "plan",
     "reduction",
     "summary",
+    "operands",
     "blocks",
     "cell_results",
     "drawn_from",
@@ -146,7 +147,7 @@ ROOMS = (
 )
 # Where alone a package may be imported.
 HOMES = {
-    "dask": {"blocks", "scheduling", "store", "stream", "writing"},
+    "dask": {"blocks", "operands", "scheduling", "store", "stream", "writing"},
     # A fit larger than memory goes to disk as it is made, before there is anything to predict.
     "zarr": {
         "flavour.archive",

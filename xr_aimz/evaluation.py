@@ -223,16 +223,27 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
         identity=fit.token,
         factory=wanted.factory,
         program=wanted.program,
-        seed=np.asarray(keys.seed_key(wanted.seed)),
         params=fit.params,
         padded=padded,
         sizes=inputs.sizes,
     )
-    words = {
-        d: label_words(d, wanted.posterior.indexes.get(d), size=n)
+    return _named(wanted, task, cut, outputs)
+
+
+def _site_keys(wanted: Evaluation) -> np.ndarray:
+    """The key of each site that may be drawn, for each draw: (chain, draw, site, 2)."""
+    chains, draws = (
+        np.asarray(label_words(d, wanted.posterior.indexes.get(d), size=n))
         for d, n in zip(("chain", "draw"), wanted.shape, strict=True)
-    }
-    return _named(wanted, task, cut, words, outputs)
+    )
+    shape = (*wanted.shape, 2)
+    found = keys.site_keys(
+        keys.seed_key(wanted.seed),
+        np.broadcast_to(chains[:, None], shape),
+        np.broadcast_to(draws, shape),
+        wanted.program.keyed,
+    )
+    return np.stack([found[name] for name in wanted.program.keyed], axis=2)
 
 
 def _without_holes(wanted: Evaluation, structs: Mapping[str, Any]) -> Evaluation:
@@ -255,7 +266,6 @@ def _named(
     wanted: Evaluation,
     task: Task,
     cut: Plan,
-    words: Mapping[str, np.ndarray],
     outputs: Mapping[str, tuple[tuple[str, ...], Any]],
 ) -> xr.Dataset:
     """The draws of the outputs, or what is asked of them, under their names in a Dataset."""
@@ -265,7 +275,7 @@ def _named(
         names, outputs = suffixed(names, wanted.statistics), reduced(outputs, wanted.statistics)
     else:
         outputs = {n: (("chain", "draw", *dims), one) for n, (dims, one) in outputs.items()}
-    lazy = lazy_sites(task, cut, wanted.inputs, wanted.latents, words, outputs)
+    lazy = lazy_sites(task, cut, wanted.inputs, wanted.latents, _site_keys(wanted), outputs)
     result = xr.Dataset({names[n]: (outputs[n][0], array) for n, array in lazy.items()})
     result = in_cells(result, wanted.fit, wanted.inputs, wanted.leading)
     if not wanted.statistics:
