@@ -39,6 +39,7 @@ ROOMS = (
     "probe",
     "axiswise",
     "pointwise",
+    "densities",
     "guard",
     "cell_diagnostics",
     "manifest",
