@@ -29,6 +29,8 @@ ROOMS = (
     "axes",
     "blanks",
     "missing",
+    "written",
+    "differing",
     "worlds",
     "mapped",
     "kernel",
@@ -179,7 +181,17 @@ HOMES = {
 BLIND = (
     (("errors", "options", "labels", "accessor", "__init__"), {"jax", "numpyro", "flax"}),
     (
-        ("keys", "kernel", "mapped", "worlds", "device", "cellwise", "threefry"),
+        (
+            "keys",
+            "kernel",
+            "mapped",
+            "written",
+            "differing",
+            "worlds",
+            "device",
+            "cellwise",
+            "threefry",
+        ),
         {"pandas", "xarray"},
     ),
 )

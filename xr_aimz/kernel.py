@@ -35,7 +35,7 @@ from xr_aimz.blanks import blank
 from xr_aimz.errors import ModelError, RandomnessError
 from xr_aimz.mapped import over_cells
 from xr_aimz.model import Block, Site
-from xr_aimz.worlds import Forced, Worlds, contrasted, dims_replaced, settings
+from xr_aimz.worlds import Forced, Worlds, across, dims_replaced, settings
 
 __all__ = [
     "CONDITION",
@@ -185,10 +185,8 @@ def _in_worlds(
         seen = {**shared, "arrays": {**arrays, **now["arrays"]}}
         return values(here, draw, seen, now)
 
-    # A map, not a vmap: in other lanes of a vector the same numbers may round otherwise.
-    # XLA takes out of its loop what no world changes.
     now = settings(worlds, program.sites, binding, program.dims, arrays, sizes)
-    return contrasted(worlds, jax.lax.map(one, now))
+    return across(worlds, one, now)
 
 
 def _run(

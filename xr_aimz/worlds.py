@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -20,10 +21,11 @@ from numpyro.primitives import Messenger
 
 from xr_aimz.axes import TABLE, dims_in_dataset, shape_in_model
 from xr_aimz.binding import Binding
+from xr_aimz.differing import differing, subtracts
 from xr_aimz.errors import ModelError
 from xr_aimz.model import Site
 
-__all__ = ["Change", "Forced", "Value", "Worlds", "contrasted", "dims_replaced", "settings"]
+__all__ = ["Change", "Forced", "Value", "Worlds", "across", "dims_replaced", "settings"]
 
 Dims = tuple[str, ...]
 # What changes from world to world; stacked, with the worlds as leading axis. "arrays" are those
@@ -246,7 +248,19 @@ def _by_function(
     return jnp.where(mask, found, made)
 
 
-def contrasted(worlds: Worlds, values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def across(
+    worlds: Worlds, one: Callable[[Now], dict[str, jax.Array]], now: Now
+) -> dict[str, jax.Array]:
+    """The values that ``one`` has in every world, and of those the contrasts."""
+    if worlds.contrast is not None:
+        world = jax.tree.map(lambda each: each[0], now)
+        one = differing(one, world, partial(subtracts, worlds.contrast))
+    # A map, not a vmap: in other lanes of a vector the same numbers may round otherwise.
+    # XLA takes out of its loop what no world changes.
+    return _contrasted(worlds, jax.lax.map(one, now))
+
+
+def _contrasted(worlds: Worlds, values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Each scenario against the baseline; axes ``(*dims of the scenarios, *the site's)``."""
     # Fused with what it contrasts, a difference would be rounded once and not twice: the
     # effect of nothing would not be nothing.

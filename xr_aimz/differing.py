@@ -1,0 +1,185 @@
+"""Of a program that is run in many worlds and then subtracted: what differs between them.
+
+A term that is added alike in every world is not in a difference. The noise of an outcome is
+such a term wherever it has a location and no world moves its scale: paired draws do not need
+it, and a prediction spends most of its time on it. So a result that ends in such a sum is read
+without what random bits alone decide of that term. A scale stays, times zero: what it makes
+NaN is NaN. A world held against its like still is exactly the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xr_aimz.written import Step, Written, write_down
+
+__all__ = ["differing", "subtracts"]
+
+# What lays out its first operand and computes nothing.
+_LAYOUT = ("broadcast_in_dim", "copy", "reshape", "squeeze", "transpose")
+_CONVERT = "convert_element_type"
+_SUMS = ("add", "mul", "sub")
+# By which random bits become a float: nothing else of a model does so.
+_BITS = "bitcast_convert_type"
+
+
+def subtracts(contrast: Callable, like: Any) -> bool:
+    """Whether a contrast of two arrays like that is the first less the second."""
+    closed = jax.make_jaxpr(contrast)(like, like)
+    return [(e.primitive.name, e.invars, e.outvars) for e in closed.jaxpr.eqns] == [
+        ("sub", closed.jaxpr.invars, closed.jaxpr.outvars)
+    ]
+
+
+def differing(
+    one: Callable[[Any], Any], world: Any, subtracted: Callable[[Any], bool]
+) -> Callable[[Any], Any]:
+    """
+    A program less the terms that it adds alike in every world.
+
+    Parameters
+    ----------
+    one : callable
+        From what is set in a world to a pytree of arrays. What else it reads is no world's.
+    world : pytree of arrays or structs
+        Like what ``one`` is called with.
+    subtracted : callable
+        Of the struct of a result: whether its worlds are subtracted. Others stay whole.
+
+    Returns
+    -------
+    callable
+        Whose results that are subtracted differ in two worlds by what those of ``one`` do.
+    """
+    closed, results = jax.make_jaxpr(one, return_shape=True)(world)
+    written, arguments, found = write_down(closed)
+    parts = _Parts(written, set(arguments))
+    structs, structure = jax.tree.flatten(results)
+    wanted = [
+        parts.of(at) if subtracted(struct) else at
+        for at, struct in zip(found, structs, strict=True)
+    ]
+
+    def without(world: Any) -> Any:
+        given = dict(zip(arguments, jax.tree.leaves(world), strict=True))
+        return jax.tree.unflatten(structure, written.run(given, wanted))
+
+    return without
+
+
+@dataclass(eq=False)
+class _Parts:
+    """Of the values of a program, by number: what becomes of each in a difference of worlds.
+
+    Those ``moving`` differ between worlds. Those ``random`` are floats that random bits alone
+    decide, and those ``finite`` are these and known numbers: they are never NaN.
+    """
+
+    written: Written
+    moving: set[int]
+    random: set[int] = field(default_factory=set)
+    finite: set[int] = field(default_factory=set)
+    less: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = self.written.known.items()
+        self.finite.update(at for at, v in known if _is_finite(v, self.written.avals[at]))
+        # A copy, for parts are written after what they are made of.
+        for step in tuple(self.written.steps):
+            self._look(step)
+            if len(step.made) == 1 and step.made[0] in self.moving:
+                self.less[step.made[0]] = self._part(step, step.made[0])
+
+    def of(self, at: int) -> int:
+        """The number of a value less what is added to it alike in all worlds."""
+        return self.less.get(at, at)
+
+    def _look(self, step: Step) -> None:
+        if not self.moving.isdisjoint(step.read):
+            self.moving.update(step.made)
+        known = self.finite.issuperset(step.read)
+        if step.name == _BITS or (known and not self.random.isdisjoint(step.read)):
+            self.random.update(step.made)
+            self.finite.update(step.made)
+        elif known and step.name in (*_LAYOUT, *_SUMS, _CONVERT):
+            self.finite.update(step.made)
+
+    def _part(self, step: Step, at: int) -> int:
+        read = step.read
+        if step.name in ("add", "sub"):
+            return self._of_sum(at, step.name, *read)
+        if step.name in _LAYOUT or (step.name == _CONVERT and self._stays_float(at, read[0])):
+            return self._of_parts(step, (self.of(read[0]), *read[1:]))
+        if step.name == "select_n":
+            # Each cell takes the same case in all worlds, or in one of them what makes any
+            # difference NaN.
+            cases = [case for case in read[1:] if not self._missing(case)]
+            if read[0] not in self.moving or len(cases) == 1:
+                return self._of_parts(step, (read[0], *map(self.of, read[1:])))
+        return at
+
+    def _of_sum(self, at: int, name: str, first: int, second: int) -> int:
+        if second not in self.moving:
+            kept, left = first, second
+        elif first not in self.moving and name == "add":
+            kept, left = second, first
+        else:
+            return at
+        deciding, aval = self._deciding(left), self.written.avals[at]
+        # A scalar may be added to an array as it is.
+        if left in deciding or self.written.avals[kept].shape != aval.shape:
+            return at
+        if not deciding:
+            return self.of(kept)
+        return self.written.write("zeros", _with_zeros, (self.of(kept), *deciding), [aval])[0]
+
+    def _deciding(self, at: int) -> list[int]:
+        """The values by which alone another can be NaN."""
+        found, seen, todo = [], {at}, [at]
+        while todo:
+            here = todo.pop()
+            step = self.written.maker.get(here)
+            if here in self.finite:
+                continue
+            if step is None or step.name not in _SUMS:
+                found.append(here)
+                continue
+            todo.extend(i for i in step.read if i not in seen)
+            seen.update(step.read)
+        return found
+
+    def _missing(self, at: int) -> bool:
+        """Whether a value is NaN, everywhere and in all worlds."""
+        step = self.written.maker.get(at)
+        while step is not None and step.name in (*_LAYOUT, _CONVERT):
+            at = step.read[0]
+            step = self.written.maker.get(at)
+        value = self.written.known.get(at)
+        # A constant may be a value of the trace around this one.
+        held = isinstance(value, (float, np.ndarray, np.generic))
+        return held and bool(np.isnan(np.asarray(value, float)).all())
+
+    def _stays_float(self, *both: int) -> bool:
+        return all(jnp.issubdtype(self.written.avals[at].dtype, jnp.floating) for at in both)
+
+    def _of_parts(self, step: Step, read: Sequence[int]) -> int:
+        if tuple(read) == step.read:
+            return step.made[0]
+        aval = self.written.avals[step.made[0]]
+        return self.written.write(step.name, step.operate, read, [aval])[0]
+
+
+def _is_finite(value: Any, aval: Any) -> bool:
+    """Whether a constant is a number that is known here, and none of the trace around."""
+    number = not aval.shape and jnp.issubdtype(aval.dtype, jnp.floating)
+    return number and not isinstance(value, jax.core.Tracer) and bool(np.isfinite(value))
+
+
+def _with_zeros(kept: jax.Array, *others: jax.Array) -> tuple[jax.Array]:
+    return (sum((0 * other for other in others), start=kept),)
