@@ -94,6 +94,51 @@ def test_a_coupling_is_found_and_its_dims_are_named(name):
         assert verdict(normal(location), tuple(other)) == ()
 
 
+def either(decides):
+    return jax.lax.cond(decides, lambda: 10.0, lambda: 1.0)
+
+
+def by_turns(x, z):
+    def step(total, one):
+        return total + either(one.sum() > 1e9), None
+
+    return jax.lax.scan(step, 0.0, x.T)[0] + 0 * z[0]
+
+
+@jax.custom_jvp
+def told(x):
+    return either(x.max() > 1e9)
+
+
+told.defjvps(None)
+
+SWITCHED = {
+    "a mean": (lambda b, x, z: x * either(x.mean() > 1e9), ("time", "lat")),
+    "one dim": (lambda b, x, z: x * either(z.max() > 1e9), ("time",)),
+    "the first cell": (lambda b, x, z: x * either(z[0, 0] > 1e9), ("time",)),
+    "within a function": (lambda b, x, z: x * jax.jit(either)(z.sum() > 1e9), ("time",)),
+    "within a rule": (lambda b, x, z: x * told(z), ("time",)),
+    "within a branch": (
+        lambda b, x, z: x * jax.lax.cond(b > 0, lambda: either(z.sum() > 1e9), lambda: 1.0),
+        ("time",),
+    ),
+    "within a scan": (lambda b, x, z: x * by_turns(x, z), ("time", "lat")),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_a_branch_that_cells_decide_together_is_a_coupling_though_no_value_shows_it(name):
+    location, dims = SWITCHED[name]
+    assert verdict(normal(location)) == dims
+
+
+def test_a_branch_that_no_cell_decides_is_no_coupling():
+    assert verdict(normal(lambda b, x, z: b * x * either(b > 0))) == ()
+    assert verdict(normal(lambda b, x, z: b * x * either(jnp.asarray(3) > 2))) == ()
+    along_lat = verdict(normal(lambda b, x, z: x * either(z.max() > 1e9)), ("lat",))
+    assert along_lat == ()
+
+
 @pytest.mark.parametrize("x", [np.ones(SHAPE), np.zeros(SHAPE), np.full(SHAPE, 2.9e5)])
 def test_a_coupling_is_found_though_the_data_do_not_show_it(x):
     ds = DS.assign(x=(DIMS, x))

@@ -41,6 +41,7 @@ ROOMS = (
     "probe",
     "axiswise",
     "pointwise",
+    "branches",
     "densities",
     "guard",
     "cell_diagnostics",

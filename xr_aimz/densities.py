@@ -23,6 +23,7 @@ from numpyro.distributions.transforms import biject_to
 
 from xr_aimz.axes import dims_in_dataset, shape_in_model
 from xr_aimz.binding import block_of
+from xr_aimz.branches import deciding
 from xr_aimz.cellwise import parameters_by_cell
 from xr_aimz.device import digest
 from xr_aimz.kernel import Dims, Program, reading
@@ -63,13 +64,7 @@ class Evaluator:
         """Whether the traces of a whole and a half show that no cell sees another."""
         half = probe.part(dict.fromkeys(dims, 0))
         whole, part = (self._trace(one).jaxpr for one in (probe, half))
-        named = [
-            kind[name]
-            for kind in (probe.arrays, probe.latents, probe.noise)
-            for name in sorted(kind)
-        ]
-        given = [tuple(d if d in dims else None for d in own) for own, _ in named]
-        given += [(None,) * np.ndim(leaf) for leaf in jax.tree.leaves(self._params)]
+        given = self._given(probe, dims)
         wanted = []
         for name, struct in sorted(self._trace(probe).out_info.items()):
             along = dims_in_dataset(self.program.sites[name], self.program.binding)
@@ -79,6 +74,22 @@ class Evaluator:
                 return False
             wanted.append((*(d if d in dims else None for d in cells), None))
         return proven(whole, part, given, wanted)
+
+    def branches(self, probe: Probe, dims: tuple[str, ...]) -> tuple[str, ...]:
+        """The dims whose cells decide together which branch of a ``cond`` is taken."""
+        marks = [frozenset(d for d in own if d is not None) for own in self._given(probe, dims)]
+        found = deciding(self._trace(probe).jaxpr, marks)
+        return tuple(d for d in dims if d in found)
+
+    def _given(self, probe: Probe, dims: tuple[str, ...]) -> list[tuple[str | None, ...]]:
+        """Of each argument of the traced program, the split dim of each axis."""
+        kinds = (probe.arrays, probe.latents, probe.noise)
+        named = [kind[name][0] for kind in kinds for name in sorted(kind)]
+        leaves = jax.tree.leaves(self._params)
+        given: list[tuple[str | None, ...]] = [
+            tuple(d if d in dims else None for d in own) for own in named
+        ]
+        return given + [(None,) * np.ndim(leaf) for leaf in leaves]
 
     def differs(
         self, probe: Probe, whole: Mapping[str, np.ndarray], dims: tuple[str, ...]

@@ -6,9 +6,11 @@ every block. It is found out on a small probe, evaluated whole and in halves. Ev
 given a value, so nothing is drawn; then its log density has to be the same cell by cell, and
 so has the value of a deterministic. A site's value need not be likely for that: densities of
 one family that agree at an arbitrary point in every cell are the same. Where they say nothing
-there, the parameters are compared. All is done in 64 bits, where rounding is far below any
-effect. Most models need not be evaluated for it: that their cells are independent is read off
-the two traces (:mod:`xr_aimz.pointwise`), which is much less work than compiling them.
+there, the parameters are compared. Where cells together choose the branch of a ``cond``, it is
+a coupling whatever they say (:mod:`xr_aimz.branches`). All is done in 64 bits, where rounding
+is far below any effect. Most models need not be evaluated for it: that their cells are
+independent is read off the two traces (:mod:`xr_aimz.pointwise`), which is much less work than
+compiling them.
 """
 
 from __future__ import annotations
@@ -66,9 +68,9 @@ def check_split(
         raise ModelError(
             f"the model couples cells along {shown!r}, which is cut into blocks: on half of a "
             f"small probe {list(program.returns)!r} came out otherwise than on the whole, as "
-            "they would by a lag, a running sum, a mean or a count of positions. Keep the "
-            f"dimension whole, core_dim={shown!r} at the fit, or compute what looks along it "
-            "beforehand, as a variable of the Dataset"
+            "they would by a lag, a running sum, a mean, a count of positions or a cond that many "
+            f"cells decide. Keep the dimension whole, core_dim={shown!r} at the fit, or compute "
+            "what looks along it beforehand, as a variable of the Dataset"
         )
 
 
@@ -175,8 +177,9 @@ def _look(
     if found is not None or not affordable(program, inputs, sizes):
         return found
     tried = probes(program, inputs, latents, seen, sizes)
-    whole = _with_sources(program, params, tried[0])
-    return _Verdict(_judged(Evaluator(whole, params), tried, dims))
+    evaluate = Evaluator(_with_sources(program, params, tried[0]), params)
+    along = {*_judged(evaluate, tried, dims), *evaluate.branches(tried[0], dims)}
+    return _Verdict(tuple(d for d in dims if d in along))
 
 
 def _with_all_drawn(program: Program, probe: Probe) -> Program:

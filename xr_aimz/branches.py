@@ -1,0 +1,75 @@
+"""Which arguments decide what branch a program takes.
+
+Values show a coupling only as far as they lead to it: where a branch is chosen by a mean over
+cells, a probe and its halves may all take the same. So it is read off the trace: whatever goes
+into the index of a ``cond`` decides for every cell that the branch is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+__all__ = ["deciding"]
+
+Marks = frozenset[str]
+_NONE: Marks = frozenset()
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+
+
+def deciding(closed: ClosedJaxpr, given: Sequence[Marks]) -> Marks:
+    """
+    Collect the marks of everything that a branch depends on.
+
+    Parameters
+    ----------
+    closed : ClosedJaxpr
+    given : sequence of frozenset of str
+        The marks of each argument. What is made of several has the marks of all.
+
+    Returns
+    -------
+    frozenset of str
+    """
+    return _walk(closed.jaxpr, [_NONE] * len(closed.consts) + list(given))[1]
+
+
+def _walk(jaxpr: Jaxpr, given: Sequence[Marks]) -> tuple[list[Marks], Marks]:
+    """The marks of each result, and those that decide."""
+    marks = dict(zip([*jaxpr.constvars, *jaxpr.invars], given, strict=True))
+    decide = _NONE
+    for operation in jaxpr.eqns:
+        read = [_NONE if isinstance(v, Literal) else marks[v] for v in operation.invars]
+        made, inside = _made(operation, read)
+        decide |= inside
+        marks |= zip(operation.outvars, made, strict=True)
+    results = [_NONE if isinstance(v, Literal) else marks[v] for v in jaxpr.outvars]
+    return results, decide
+
+
+def _made(operation: Any, read: list[Marks]) -> tuple[list[Marks], Marks]:
+    name, params = operation.primitive.name, operation.params
+    everything = _NONE.union(*read)
+    made = [everything] * len(operation.outvars)
+    if name in _CALLS:
+        inner = params[_CALLS[name]]
+        return _walk(getattr(inner, "jaxpr", inner), _consts(inner, read))
+    if name == "cond":
+        within = [_walk(b.jaxpr, _consts(b, read[1:]))[1] for b in params["branches"]]
+        return made, read[0].union(*within)
+    if name == "scan":
+        # What is carried may in the end have the marks of all.
+        body = params["jaxpr"]
+        return made, _walk(body.jaxpr, _consts(body, [everything] * len(read)))[1]
+    return made, _NONE
+
+
+def _consts(inner: Any, read: list[Marks]) -> list[Marks]:
+    return [_NONE] * len(getattr(inner, "consts", ())) + read
