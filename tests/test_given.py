@@ -435,3 +435,21 @@ def test_a_site_that_observes_a_function_of_a_variable_takes_its_own_values():
         ds.aimz.predict(fit, condition="rain")
     pred = ds.aimz.predict(fit, condition={"rain": np.log(ds.rain)})
     assert (pred.rain == 0).all()
+
+
+def test_a_scale_may_be_an_input():
+    """What is looked at before a condition is taken has no values yet, and none are checked."""
+
+    def of(x, s, y=None):
+        b = numpyro.sample("b", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(b * x, s), obs=y)
+
+    values = {v: ("time", np.arange(1.0, 11)) for v in "xsy"}
+    ds = xr.Dataset(values, {"time": YEARS})
+    fit = ds.aimz.from_posterior(of, {"b": np.ones((1, 5))})
+    known = ds.y.where(ds.time < 2004)
+    free = ds.aimz.predict(fit).y.compute()
+    found = ds.aimz.predict(fit, condition={"y": known}).y.compute()
+    np.testing.assert_array_equal(found, free.where(known.isnull(), known))
+    effect = ds.aimz.intervene(fit, {"x": lambda x: x + 1}, condition={"y": known}).y.compute()
+    np.testing.assert_allclose(effect[0, 0], known.isnull(), atol=1e-5)

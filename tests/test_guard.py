@@ -389,12 +389,68 @@ def test_nothing_lazy_is_computed():
 
 
 def test_a_program_is_judged_once(monkeypatch):
-    fit = DS.aimz.from_posterior(normal(lambda b, x, z: b * x + 17 * z), ONES)
+    def stepped(x, y=None):
+        def step(total, one):
+            return total + one, total
+
+        z = scan(step, jnp.zeros(()), jnp.ones(3))[1].sum()
+        numpyro.sample("y", dist.Normal(slope() * x + 17 * z, 1.0), obs=y)
+
+    fit = DS.aimz.from_posterior(stepped, ONES)
     DS.chunk(time=10).aimz.predict(fit)
-    compiled = []
-    monkeypatch.setattr(guard, "coupled", lambda *args: compiled.append(args))
+    searched = []
+    monkeypatch.setattr(guard, "_search", lambda *args: searched.append(args))
     DS.chunk(time=10).aimz.predict(fit)
-    assert not compiled
+    assert not searched
+    DS.chunk(time=8).aimz.predict(fit)
+    assert len(searched) == 1
+
+
+def long_enough(x, y=None, least=30):
+    z = x - x.mean() if x.shape[0] >= least else x
+    numpyro.sample("y", dist.Normal(slope() * z, 1.0), obs=y)
+
+
+def always(x, y=None):
+    numpyro.sample("y", dist.Normal(slope() * (x - x.mean()), 1.0), obs=y)
+
+
+def by_knots(x, y=None):
+    z = x
+    for knot in range(0, x.shape[0] - 20, 20):
+        z = z - x[knot]
+    numpyro.sample("y", dist.Normal(slope() * z, 1.0), obs=y)
+
+
+def of_odd_lengths(x, y=None):
+    z = x - x.mean() if x.shape[0] % 2 else x
+    numpyro.sample("y", dist.Normal(slope() * z, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("of", [long_enough, by_knots])
+@pytest.mark.parametrize("length", [2, 5, 10])
+def test_a_rule_on_lengths_is_a_coupling(of, length):
+    for ask in on_blocks(of, length, n=48):
+        with pytest.raises(ModelError, match=r"'time'.*rule on lengths"):
+            ask()
+
+
+def test_a_rule_on_lengths_beyond_those_that_matter_is_none():
+    for ask in on_blocks(lambda x, y=None: long_enough(x, y, 10**6), 10):
+        ask()
+    for ask in on_blocks(of_odd_lengths, 12):
+        ask()
+    with pytest.raises(ModelError, match="'time'"):
+        on_blocks(of_odd_lengths, 9)[0]()
+
+
+def test_what_was_found_of_one_model_is_not_taken_for_anothers():
+    """Whole they are one program; in blocks they are two, and both are refused."""
+    for of in (long_enough, always, of_odd_lengths):
+        with pytest.raises(ModelError, match="'time'"):
+            on_blocks(of, 9, n=47)[0]()
+    plain = normal(lambda b, x, z: b * x)
+    assert verdict(plain, ("time",)) == ()
 
 
 def test_sites_without_draws_get_values_of_their_support():

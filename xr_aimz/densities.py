@@ -1,7 +1,7 @@
 """What a model makes of probes: densities cell by cell, traced, evaluated and compared.
 
 Every site is given a value, so nothing is drawn, and of each the log density is read, or the
-value of a deterministic. Two traces, of a whole and a half, may prove that every cell is made
+value of a deterministic. Two traces, of a whole and a part, may prove that every cell is made
 by itself; else whole and halves are evaluated and compared.
 """
 
@@ -60,20 +60,18 @@ class Evaluator:
         found = self._compiled[shape](*probe.values, self._params)
         return {name: np.asarray(value) for name, value in found.items()}
 
-    def proves(self, probe: Probe, dims: tuple[str, ...]) -> bool:
-        """Whether the traces of a whole and a half show that no cell sees another."""
-        half = probe.part(dict.fromkeys(dims, 0))
-        whole, part = (self._trace(one).jaxpr for one in (probe, half))
-        given = self._given(probe, dims)
+    def proves(self, whole: Probe, part: Probe, dims: tuple[str, ...]) -> bool:
+        """Whether the traces of a whole and a part show that no cell sees another."""
         wanted = []
-        for name, struct in sorted(self._trace(probe).out_info.items()):
+        for name, struct in sorted(self._trace(whole).out_info.items()):
             along = dims_in_dataset(self.program.sites[name], self.program.binding)
             cells = along[: len(struct.shape) - 1]
             # An event that spans the dim is one density of cells that belong together.
             if set(along[len(cells) :]) & set(dims):
                 return False
             wanted.append((*(d if d in dims else None for d in cells), None))
-        return proven(whole, part, given, wanted)
+        given = self._given(whole, dims)
+        return proven(self._trace(whole).jaxpr, self._trace(part).jaxpr, given, wanted)
 
     def branches(self, probe: Probe, dims: tuple[str, ...]) -> tuple[str, ...]:
         """The dims whose cells decide together which branch of a ``cond`` is taken."""

@@ -3,8 +3,8 @@
 A term that is added alike in every world is not in a difference. The noise of an outcome is
 such a term wherever it has a location and no world moves its scale: paired draws do not need
 it, and a prediction spends most of its time on it. So a result that ends in such a sum is read
-without what random bits alone decide of that term. A scale stays, times zero: what it makes
-NaN is NaN. A world held against its like still is exactly the same.
+without it, where JAX's own samplers drew it. Whatever it was multiplied with stays, times zero:
+what that makes NaN is NaN. A world held against its like still is exactly the same.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ __all__ = ["differing", "subtracts"]
 _LAYOUT = ("broadcast_in_dim", "copy", "reshape", "squeeze", "transpose")
 _CONVERT = "convert_element_type"
 _SUMS = ("add", "mul", "sub")
-# By which random bits become a float: nothing else of a model does so.
-_BITS = "bitcast_convert_type"
+# Functions of jax.random by the names that they have in a trace. From a key alone they draw
+# finite numbers; under any other name noise is only drawn in vain.
+_SAMPLERS = ("_gumbel", "_laplace", "_logistic", "_normal")
 
 
 def subtracts(contrast: Callable, like: Any) -> bool:
@@ -77,18 +78,19 @@ def differing(
 class _Parts:
     """Of the values of a program, by number: what becomes of each in a difference of worlds.
 
-    Those ``moving`` differ between worlds. Those ``random`` are floats that random bits alone
-    decide, and those ``finite`` are these and known numbers: they are never NaN.
+    Those ``moving`` differ between worlds. ``noise`` and known numbers are ``finite``: they make
+    nothing NaN by being added or multiplied.
     """
 
     written: Written
     moving: set[int]
-    random: set[int] = field(default_factory=set)
+    noise: set[int] = field(default_factory=set)
     finite: set[int] = field(default_factory=set)
     less: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = self.written.known.items()
+        known, calls = self.written.known.items(), self.written.calls.items()
+        self.noise.update(at for at, call in calls if self._is_drawn(*call))
         self.finite.update(at for at, v in known if _is_finite(v, self.written.avals[at]))
         # A copy, for parts are written after what they are made of.
         for step in tuple(self.written.steps):
@@ -103,18 +105,21 @@ class _Parts:
     def _look(self, step: Step) -> None:
         if not self.moving.isdisjoint(step.read):
             self.moving.update(step.made)
-        known = self.finite.issuperset(step.read)
-        if step.name == _BITS or (known and not self.random.isdisjoint(step.read)):
-            self.random.update(step.made)
-            self.finite.update(step.made)
-        elif known and step.name in (*_LAYOUT, *_SUMS, _CONVERT):
-            self.finite.update(step.made)
+        if self._lays_out(step):
+            for kind in (self.noise, self.finite):
+                kind.update(step.made if step.read[0] in kind else ())
+
+    def _is_drawn(self, name: str, read: tuple[int, ...]) -> bool:
+        """Whether a call draws noise: it is a sampler's, of a key and nothing else."""
+        return name in _SAMPLERS and all(
+            jnp.issubdtype(self.written.avals[at].dtype, jax.dtypes.prng_key) for at in read
+        )
 
     def _part(self, step: Step, at: int) -> int:
         read = step.read
         if step.name in ("add", "sub"):
             return self._of_sum(at, step.name, *read)
-        if step.name in _LAYOUT or (step.name == _CONVERT and self._stays_float(at, read[0])):
+        if self._lays_out(step):
             return self._of_parts(step, (self.of(read[0]), *read[1:]))
         if step.name == "select_n":
             # Each cell takes the same case in all worlds, or in one of them what makes any
@@ -131,33 +136,34 @@ class _Parts:
             kept, left = second, first
         else:
             return at
-        deciding, aval = self._deciding(left), self.written.avals[at]
+        noisy, deciding = self._apart(left)
+        aval = self.written.avals[at]
         # A scalar may be added to an array as it is.
-        if left in deciding or self.written.avals[kept].shape != aval.shape:
+        if not noisy or self.written.avals[kept].shape != aval.shape:
             return at
         if not deciding:
             return self.of(kept)
         return self.written.write("zeros", _with_zeros, (self.of(kept), *deciding), [aval])[0]
 
-    def _deciding(self, at: int) -> list[int]:
-        """The values by which alone another can be NaN."""
-        found, seen, todo = [], {at}, [at]
+    def _apart(self, at: int) -> tuple[bool, list[int]]:
+        """Whether a value is made with noise, and the values by which alone it can be NaN."""
+        noisy, deciding, seen, todo = False, [], {at}, [at]
         while todo:
             here = todo.pop()
             step = self.written.maker.get(here)
-            if here in self.finite:
-                continue
-            if step is None or step.name not in _SUMS:
-                found.append(here)
-                continue
-            todo.extend(i for i in step.read if i not in seen)
-            seen.update(step.read)
-        return found
+            if here in self.noise:
+                noisy = True
+            elif step is not None and step.name in _SUMS:
+                todo.extend(i for i in step.read if i not in seen)
+                seen.update(step.read)
+            elif here not in self.finite:
+                deciding.append(here)
+        return noisy, deciding
 
     def _missing(self, at: int) -> bool:
         """Whether a value is NaN, everywhere and in all worlds."""
         step = self.written.maker.get(at)
-        while step is not None and step.name in (*_LAYOUT, _CONVERT):
+        while step and self._lays_out(step):
             at = step.read[0]
             step = self.written.maker.get(at)
         value = self.written.known.get(at)
@@ -165,8 +171,12 @@ class _Parts:
         held = isinstance(value, (float, np.ndarray, np.generic))
         return held and bool(np.isnan(np.asarray(value, float)).all())
 
-    def _stays_float(self, *both: int) -> bool:
-        return all(jnp.issubdtype(self.written.avals[at].dtype, jnp.floating) for at in both)
+    def _lays_out(self, step: Step) -> bool:
+        """Whether a step leaves every number what it is, or nearly: floats stay floats."""
+        if step.name != _CONVERT:
+            return step.name in _LAYOUT
+        both = (self.written.avals[at].dtype for at in (step.read[0], step.made[0]))
+        return all(jnp.issubdtype(dtype, jnp.floating) for dtype in both)
 
     def _of_parts(self, step: Step, read: Sequence[int]) -> int:
         if tuple(read) == step.read:

@@ -7,7 +7,7 @@ and lays out the graph. Nothing is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -25,7 +25,7 @@ from xr_aimz.cell_results import in_cells
 from xr_aimz.device import device_dtype, to_device_dtype, traced
 from xr_aimz.drawn_from import Drawing
 from xr_aimz.errors import ModelError
-from xr_aimz.guard import check_split
+from xr_aimz.guard import check_alone, check_split
 from xr_aimz.holes import may_have_holes, without_holes
 from xr_aimz.inputs import Inputs
 from xr_aimz.interventions import Intervention
@@ -178,7 +178,7 @@ class Evaluation:
         return {str(n).removeprefix("array ") for n in found}
 
 
-def check_split_along(wanted: Evaluation, cut: Plan, dims: Iterable[str], name: str) -> None:
+def check_split_along(wanted: Evaluation, cut: Plan, dims: Iterable[str]) -> None:
     """Refuse what could not be cut along these dims, whether or not it is going to be.
 
     Parameters
@@ -186,8 +186,6 @@ def check_split_along(wanted: Evaluation, cut: Plan, dims: Iterable[str], name: 
     wanted : Evaluation
     cut : Plan
     dims : iterable of str
-    name : str
-        Of the program, as :meth:`Evaluation.traced` gives it.
 
     Raises
     ------
@@ -195,7 +193,7 @@ def check_split_along(wanted: Evaluation, cut: Plan, dims: Iterable[str], name: 
     """
     halved = replace(cut, chunks={**cut.chunks, **dict.fromkeys(dims, (1, 1))})
     _check_cut(wanted, halved)
-    _check_coupling(wanted, halved, name)
+    _check_coupling(wanted, halved, check_alone)
 
 
 def evaluate(wanted: Evaluation) -> xr.Dataset:
@@ -211,7 +209,7 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
     planned = plan_cells if wanted.statistics else plan
     cut = planned(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
     _check_cut(wanted, cut)
-    _check_coupling(wanted, cut, name)
+    _check_coupling(wanted, cut)
     padded = wanted.padded(cut)
     if any(padded[d] != inputs.sizes[d] for d in padded):
         structs, name = wanted.traced({**inputs.sizes, **padded})
@@ -314,7 +312,7 @@ def _check_cut(wanted: Evaluation, cut: Plan) -> None:
                 )
 
 
-def _check_coupling(wanted: Evaluation, cut: Plan, name: str) -> None:
+def _check_coupling(wanted: Evaluation, cut: Plan, check: Callable = check_split) -> None:
     """The model, as one cell of a fit with ``per`` sees it, needs no block but its own."""
     fit, per = wanted.fit, wanted.fit.binding.per
     pieces = [d for d in wanted.fit.binding.dims if len(cut.chunks[d]) > 1]
@@ -330,4 +328,4 @@ def _check_coupling(wanted: Evaluation, cut: Plan, name: str) -> None:
     cell = replace(fit.binding.without_data(), per=())
     program = replace(wanted.program, binding=cell, dims=inputs.dims, worlds=None)
     blocks = {d: cut.largest(d) for d in pieces}
-    check_split(name, program, inputs, latents, fit.params, blocks, seen)
+    check(program, inputs, latents, fit.params, blocks, seen)

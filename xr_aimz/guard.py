@@ -32,13 +32,12 @@ from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Program
 from xr_aimz.probe import Probe, affordable, outline, probe_shapes, probes
 
-__all__ = ["check_split", "coupled"]
+__all__ = ["check_alone", "check_split", "coupled"]
 
 _verdicts: dict[Any, tuple[str, ...] | None] = {}
 
 
 def check_split(
-    name: str,
     program: Program,
     inputs: Inputs,
     latents: Mapping[str, xr.DataArray],
@@ -50,8 +49,6 @@ def check_split(
 
     Parameters
     ----------
-    name : str
-        Of the program, as :func:`xr_aimz.device.traced` gives it: it is judged once.
     program, inputs, latents, params, blocks, seen
         As in :func:`coupled`.
 
@@ -60,18 +57,43 @@ def check_split(
     ModelError
         With the dimensions and the remedies.
     """
-    key = (name, tuple(blocks.items()))
-    if key not in _verdicts:
-        _verdicts[key] = coupled(program, inputs, latents, params, blocks, seen)
-    if found := _verdicts[key]:
-        shown = found[0] if len(found) == 1 else found
-        raise ModelError(
-            f"the model couples cells along {shown!r}, which is cut into blocks: on half of a "
-            f"small probe {list(program.returns)!r} came out otherwise than on the whole, as "
-            "they would by a lag, a running sum, a mean, a count of positions or a cond that many "
-            f"cells decide. Keep the dimension whole, core_dim={shown!r} at the fit, or compute "
-            "what looks along it beforehand, as a variable of the Dataset"
-        )
+    _refuse(program, coupled(program, inputs, latents, params, blocks, seen))
+
+
+def check_alone(
+    program: Program,
+    inputs: Inputs,
+    latents: Mapping[str, xr.DataArray],
+    params: Mapping[str, Any],
+    blocks: Mapping[str, int],
+    seen: Mapping[str, xr.DataArray],
+) -> None:
+    """Refuse a model that couples cells along dims, of whatever lengths these are going to be.
+
+    Parameters
+    ----------
+    program, inputs, latents, params, blocks, seen
+        As in :func:`coupled`.
+
+    Raises
+    ------
+    ModelError
+        With the dimensions and the remedies.
+    """
+    _refuse(program, _search(program, inputs, latents, params, blocks, seen, None))
+
+
+def _refuse(program: Program, found: tuple[str, ...] | None) -> None:
+    if not found:
+        return
+    shown = found[0] if len(found) == 1 else found
+    raise ModelError(
+        f"the model couples cells along {shown!r}, which is cut into blocks: a block of "
+        f"{list(program.returns)!r} would come out otherwise than in the whole, as by a lag, a "
+        "running sum, a mean, a count of positions, a rule on lengths or a cond that many cells "
+        f"decide. Keep the dimension whole, core_dim={shown!r} at the fit, or compute what looks "
+        "along it beforehand, as a variable of the Dataset"
+    )
 
 
 def coupled(
@@ -107,18 +129,18 @@ def coupled(
     """
     if not blocks:
         return ()
-    # What a model does with lengths it may do with a block's alone: months make whole years in a
-    # block and not in a probe, and the lesser of 30 and a length is 30 in any probe. In a block
-    # of one, what each cell has of its own looks like what all share.
-    two = {**inputs.sizes, **{d: 2 * max(n, 2) for d, n in blocks.items()}}
-    given = (program, inputs, latents, params, tuple(blocks))
-    if _first([two], (True,), partial(_proof, *given)) is not None:
+    given = (program, inputs, latents, params)
+    direct = _first([blocks], (True, False), partial(_direct, *given))
+    if direct is not None and direct.proven:
         return ()
-    look = partial(_look, *given, seen or {})
-    found = _first(probe_shapes(program, inputs, tuple(blocks)), (True, False), look)
-    if found is None or found.proven:
-        found = _first([two], (True, False), look) or found
-    return None if found is None else found.dims
+    search = partial(_search, *given, blocks, seen or {}, direct)
+    if direct is None:
+        return search()
+    # Whatever else differs, two models of which these traces are equal are one.
+    key = (direct.digest, tuple(blocks.items()))
+    if key not in _verdicts:
+        _verdicts[key] = search()
+    return _verdicts[key]
 
 
 @dataclass(frozen=True)
@@ -127,6 +149,51 @@ class _Verdict:
 
     dims: tuple[str, ...]
     proven: bool = False
+    digest: str = ""
+
+
+def _direct(
+    program: Program,
+    inputs: Inputs,
+    latents: Mapping[str, xr.DataArray],
+    params: Mapping[str, Any],
+    blocks: Mapping[str, int],
+) -> _Verdict | None:
+    """Whether two traces, of all the Dataset and of one block, show cells made by themselves."""
+    # In a block of one, what each cell has of its own looks like what all share.
+    part = {d: max(n, 2) for d, n in blocks.items()}
+    if any(n >= inputs.sizes[d] for d, n in part.items()):
+        return None
+    whole = outline(program, inputs, latents, inputs.sizes)
+    block = outline(program, inputs, latents, {**inputs.sizes, **part})
+    evaluate = Evaluator(_with_all_drawn(program, whole), params)
+    if evaluate.proves(whole, block, tuple(blocks)):
+        return _Verdict((), proven=True)
+    return _Verdict((), digest=evaluate.digest(whole) + evaluate.digest(block))
+
+
+def _search(
+    program: Program,
+    inputs: Inputs,
+    latents: Mapping[str, xr.DataArray],
+    params: Mapping[str, Any],
+    blocks: Mapping[str, int],
+    seen: Mapping[str, xr.DataArray],
+    direct: _Verdict | None,
+) -> tuple[str, ...] | None:
+    """The dims along which a model that is not proven couples cells."""
+    dims = tuple(blocks)
+    look = partial(_look, program, inputs, latents, params, dims, seen)
+    found = _first(probe_shapes(program, inputs, dims), (True, False), look)
+    if found is None or found.proven:
+        # What a model does with lengths it may do with a block's alone: months make whole years
+        # in a block and not in a probe, and the lesser of 30 and a length is 30 in any probe.
+        two = {**inputs.sizes, **{d: 2 * max(n, 2) for d, n in blocks.items()}}
+        found = _first([two], (True, False), look) or found
+    if found is not None and found.proven and direct is not None:
+        # Proven for short lengths, and not for those that matter: a rule on lengths.
+        return dims
+    return None if found is None else found.dims
 
 
 def _first(
@@ -149,20 +216,6 @@ def _first(
     return None
 
 
-def _proof(
-    program: Program,
-    inputs: Inputs,
-    latents: Mapping[str, xr.DataArray],
-    params: Mapping[str, Any],
-    dims: tuple[str, ...],
-    sizes: Mapping[str, int],
-) -> _Verdict | None:
-    """That two traces show every cell to be made by itself, if they do."""
-    shape = outline(program, inputs, latents, sizes)
-    evaluate = Evaluator(_with_all_drawn(program, shape), params)
-    return _Verdict((), proven=True) if evaluate.proves(shape, dims) else None
-
-
 def _look(
     program: Program,
     inputs: Inputs,
@@ -173,9 +226,12 @@ def _look(
     sizes: Mapping[str, int],
 ) -> _Verdict | None:
     """A proof; or else what values show, where a probe of them is not too large."""
-    found = _proof(program, inputs, latents, params, dims, sizes)
-    if found is not None or not affordable(program, inputs, sizes):
-        return found
+    shape = outline(program, inputs, latents, sizes)
+    evaluate = Evaluator(_with_all_drawn(program, shape), params)
+    if evaluate.proves(shape, shape.part(dict.fromkeys(dims, 0)), dims):
+        return _Verdict((), proven=True)
+    if not affordable(program, inputs, sizes):
+        return None
     tried = probes(program, inputs, latents, seen, sizes)
     evaluate = Evaluator(_with_sources(program, params, tried[0]), params)
     along = {*_judged(evaluate, tried, dims), *evaluate.branches(tried[0], dims)}
@@ -204,7 +260,8 @@ def _with_sources(program: Program, params: Mapping[str, Any], probe: Probe) -> 
 
 
 def _judged(evaluate: Evaluator, tried: tuple[Probe, ...], dims: tuple[str, ...]) -> Any:
-    key = (evaluate.digest(tried[0]), dims)
+    half = tried[0].part(dict.fromkeys(dims, 0))
+    key = (evaluate.digest(tried[0]), evaluate.digest(half), dims)
     if key not in _verdicts:
         wholes = [(probe, evaluate(probe)) for probe in tried]
         best = max(_finite(whole) for _, whole in wholes)

@@ -64,19 +64,17 @@ def origins(
     call = distributions(program, sizes)
     kinds: dict[str, tuple[bool, int]] = {}
 
-    def leaves(named: Mapping[str, Any]) -> dict[str, Any]:
-        found = call({**blank, "latents": named}, shared_zeros)
+    def leaves(named: Any, site_keys: Any, shared: Any) -> dict[str, Any]:
+        found = call({"keys": site_keys, "latents": named}, shared)
         kinds.update({name: (bool(fn.is_discrete), _joint(fn)) for name, fn in found.items()})
         return {name: jax.tree.leaves(fn) for name, fn in found.items()}
 
-    blank, shared_zeros = (
-        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
-        for tree in ({"keys": draw["keys"]}, shared)
-    )
     named = dict(draw["latents"])
+    others = (draw["keys"], shared)
     with tracing(block_of(program.binding, sizes)):
-        jaxpr, out = jax.make_jaxpr(leaves, return_shape=True)(named)
+        jaxpr, out = jax.make_jaxpr(leaves, return_shape=True)(named, *others)
     sources = [frozenset({n}) for n in jax.tree.leaves({n: n for n in named})]
+    sources += [frozenset()] * len(jax.tree.leaves(others))
     through = jax.tree.unflatten(jax.tree.structure(out), _through(jaxpr.jaxpr, sources))
     return {
         name: Origin(frozenset().union(*parts), *kinds[name]) for name, parts in through.items()

@@ -45,12 +45,15 @@ class Written:
     known : mapping of number to value
         The constants.
     avals : mapping of number to abstract value
+    calls : mapping of number to (name, numbers)
+        Of what a function within the program returns: its name, and what it was called with.
     """
 
     steps: list[Step] = field(default_factory=list)
     maker: dict[int, Step] = field(default_factory=dict)
     known: dict[int, Any] = field(default_factory=dict)
     avals: dict[int, Any] = field(default_factory=dict)
+    calls: dict[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
     def value(self, aval: Any) -> int:
         """A number for a value."""
@@ -116,6 +119,7 @@ def _inlined(written: Written, closed: ClosedJaxpr, arguments: Sequence[int]) ->
         made: Sequence[int]
         if name in _CALLS:
             made = _inlined(written, operation.params["jaxpr"], read)
+            written.calls |= dict.fromkeys(made, (operation.params["name"], tuple(read)))
         else:
             avals = [variable.aval for variable in operation.outvars]
             operate = _operate(operation, jaxpr)

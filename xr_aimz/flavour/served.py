@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any
-from uuid import uuid4
 
 import jax
 import xarray as xr
@@ -45,14 +44,12 @@ class Memory:
 
     ``traces`` are outputs and names of programs by what was asked and by shapes; ``checked``
     what was asked and found to be answered cell by cell; ``lock`` keeps two requests from
-    finding out the same. ``name`` is this memory's alone: traces of two models may be alike for
-    a request of one row, and what was found of one must not be taken for the other's.
+    finding out the same.
     """
 
     traces: dict[Any, Any] = field(default_factory=dict)
     checked: set[Any] = field(default_factory=set)
     lock: threading.RLock = field(default_factory=threading.RLock)
-    name: str = field(default_factory=lambda: uuid4().hex)
 
 
 @dataclass(frozen=True)
@@ -107,9 +104,8 @@ class _Served(Evaluation):
             if self.key in self.memory.checked:
                 return
             free = [d for d in self.fit.binding.dims if d not in self.fit.binding.core_dims]
-            _, name = self.traced(self.inputs.sizes)
             try:
-                check_split_along(self, cut, free, f"{self.memory.name} {name}")
+                check_split_along(self, cut, free)
             except ModelError as error:
                 error.add_note(
                     "xr_aimz: a table is answered row by row, and may come in pieces of any size"
