@@ -26,6 +26,10 @@ from xr_aimz.model import Block, tracing
 __all__ = ["device_dtype", "digest", "run", "to_device_dtype", "traced"]
 
 _compiled: dict[Any, Any] = {}
+# The last traces, for a task of this process that compiles one: a model runs in Python each
+# time it is traced.
+_traces: dict[Any, Any] = {}
+_MOST_TRACES = 16
 # How many elements one step of the map over draws should have: measured on two cores, see
 # docs/decisions. Fewer leave XLA's threads idle, more do not fit the cache.
 _STEP_ELEMENTS = 2**18
@@ -43,8 +47,12 @@ def traced(call: Call, block: Block, draw: Any, shared: Any) -> tuple[dict[str, 
     program.
     """
     with tracing(block):
-        jaxpr, outputs = jax.make_jaxpr(call, return_shape=True)(draw, shared)
-    return outputs, digest(jaxpr)
+        closed, outputs = jax.make_jaxpr(call, return_shape=True)(draw, shared)
+        name = digest(closed)
+        _traces[name, _avals((draw, shared))] = closed, outputs
+        if len(_traces) > _MOST_TRACES:
+            del _traces[next(iter(_traces))]
+    return outputs, name
 
 
 def digest(jaxpr: Any) -> str:
@@ -115,16 +123,18 @@ def _compile(
     with tracing(block):
         # Another thread may have compiled it while this one waited for the lock.
         if key not in _compiled:
-            mapped = _over_draws(make_call(), draws, shared, devices)
+            mapped = _over_draws(key[0], make_call, draws, shared, devices)
             program = jax.jit(mapped, compiler_options=_COMPILER[devices[0].platform])
             _compiled[key] = program.lower(_structs(draws), _structs(shared)).compile()
         return _compiled[key]
 
 
-def _over_draws(call: Call, draws: Any, shared: Any, devices: list) -> Callable:
+def _over_draws(
+    name: str, make_call: Callable[[], Call], draws: Any, shared: Any, devices: list
+) -> Callable:
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), draws)
-    # One trace serves the sizes and the map: a model runs in Python each time it is traced.
-    closed, outputs = jax.make_jaxpr(call, return_shape=True)(one, _structs(shared))
+    kept = _traces.get((name, _avals((one, shared))))
+    closed, outputs = kept or jax.make_jaxpr(make_call(), return_shape=True)(one, _structs(shared))
     structure = jax.tree.structure(outputs)
     elements = max([prod(o.shape) for o in jax.tree.leaves(outputs)] + [1])
     count = len(jax.tree.leaves(draws)[0]) // len(devices)
@@ -164,7 +174,7 @@ def _structs(tree: Any) -> Any:
 
 def _avals(tree: Any) -> Any:
     leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((np.shape(x), str(x.dtype)) for x in leaves)
+    return structure, tuple((x.shape, str(x.dtype)) for x in leaves)
 
 
 def _signature(block: Block) -> Any:

@@ -130,7 +130,8 @@ def coupled(
     if not blocks:
         return ()
     given = (program, inputs, latents, params)
-    direct = _first([blocks], (True, False), partial(_direct, *given))
+    # As the model is going to be run: a proof has no use for more bits.
+    direct = _first([blocks], (False,), partial(_direct, *given))
     if direct is not None and direct.proven:
         return ()
     search = partial(_search, *given, blocks, seen or {}, direct)
