@@ -113,6 +113,18 @@ def test_noise_that_may_be_missing_stays():
     assert "erf_inv" in steps(lambda x: x + jnp.log(jax.random.normal(NOISE, (6,))), SHARED[1])
 
 
+@jax.jit
+def _normal(key):
+    return jnp.log(jax.random.normal(key, (6,)))
+
+
+def test_a_sampler_is_known_by_what_it_does_and_not_by_its_name():
+    assert "erf_inv" in steps(lambda x: x + _normal(NOISE), SHARED[1])
+    for sampler in (jax.random.laplace, jax.random.gumbel, jax.random.logistic):
+        left = steps(lambda x, of=sampler: x + 2 * of(NOISE, (6,)), SHARED[1])
+        assert "random_bits" not in left
+
+
 def test_programs_may_be_deep_and_share_terms():
     def one(x):
         scale = SHARED[0]

@@ -98,11 +98,11 @@ def either(decides):
     return jax.lax.cond(decides, lambda: 10.0, lambda: 1.0)
 
 
-def by_turns(x, z):
+def by_turns(z):
     def step(total, one):
-        return total + either(one.sum() > 1e9), None
+        return total + one, either(total > 1e9)
 
-    return jax.lax.scan(step, 0.0, x.T)[0] + 0 * z[0]
+    return jax.lax.scan(step, z.sum(), jnp.arange(3.0))[1].sum()
 
 
 @jax.custom_jvp
@@ -122,7 +122,7 @@ SWITCHED = {
         lambda b, x, z: x * jax.lax.cond(b > 0, lambda: either(z.sum() > 1e9), lambda: 1.0),
         ("time",),
     ),
-    "within a scan": (lambda b, x, z: x * by_turns(x, z), ("time", "lat")),
+    "carried by a scan": (lambda b, x, z: x * by_turns(z), ("time",)),
 }
 
 
@@ -137,6 +137,31 @@ def test_a_branch_that_no_cell_decides_is_no_coupling():
     assert verdict(normal(lambda b, x, z: b * x * either(jnp.asarray(3) > 2))) == ()
     along_lat = verdict(normal(lambda b, x, z: x * either(z.max() > 1e9)), ("lat",))
     assert along_lat == ()
+
+
+def counting_steps(b, x, z):
+    def step(i, total):
+        return jax.lax.cond(i < 2, lambda: total + b * x, lambda: total * x)
+
+    return jax.lax.fori_loop(0, 4, step, jnp.zeros_like(x))
+
+
+def cell_by_cell(b, x, z):
+    return jax.lax.map(lambda v: jax.lax.cond(v > 0, lambda: v, lambda: b * v), x.ravel())
+
+
+LOOPS = {
+    "a counter": counting_steps,
+    "a cell each": lambda b, x, z: cell_by_cell(b, x, z).reshape(x.shape),
+    "a bessel function": lambda b, x, z: (
+        b * jax.scipy.special.bessel_jn(x.ravel(), v=2)[2].reshape(x.shape)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_branch_within_a_loop_that_its_own_step_decides_is_no_coupling(name):
+    assert verdict(normal(LOOPS[name])) == ()
 
 
 @pytest.mark.parametrize("x", [np.ones(SHAPE), np.zeros(SHAPE), np.full(SHAPE, 2.9e5)])
@@ -442,6 +467,23 @@ def test_a_rule_on_lengths_beyond_those_that_matter_is_none():
         ask()
     with pytest.raises(ModelError, match="'time'"):
         on_blocks(of_odd_lengths, 9)[0]()
+
+
+LEFT, RIGHT = RNG.normal(size=(5, 3)), RNG.normal(size=(3, 5))
+
+
+@pytest.mark.parametrize("length", [3, 20])
+def test_a_rule_on_lengths_that_is_one_of_speed_is_none(length):
+    """Which product comes first depends on how many rows there are."""
+
+    def of(f, y=None):
+        mean = jnp.einsum("ni,ij,jk->nk", f, LEFT, RIGHT).sum(-1)
+        numpyro.sample("y", dist.Normal(slope() * mean, 1.0), obs=y)
+
+    ds = xr.Dataset({"f": (("n", "of"), RNG.normal(size=(200, 5))), "y": ("n", np.ones(200))})
+    fit = ds.aimz.from_posterior(of, ONES)
+    cut = ds.chunk(n=length).aimz.predict(fit)
+    xr.testing.assert_allclose(cut.compute(), ds.aimz.predict(fit).compute(), 1e-4, 1e-4)
 
 
 def test_what_was_found_of_one_model_is_not_taken_for_anothers():

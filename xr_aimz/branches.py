@@ -2,7 +2,8 @@
 
 Values show a coupling only as far as they lead to it: where a branch is chosen by a mean over
 cells, a probe and its halves may all take the same. So it is read off the trace: whatever goes
-into the index of a ``cond`` decides for every cell that the branch is about.
+into the index of a ``cond`` decides for every cell that the branch is about. Of what a scan
+goes through, a step has its own slice, and decides for nobody else.
 """
 
 from __future__ import annotations
@@ -65,10 +66,21 @@ def _made(operation: Any, read: list[Marks]) -> tuple[list[Marks], Marks]:
         within = [_walk(b.jaxpr, _consts(b, read[1:]))[1] for b in params["branches"]]
         return made, read[0].union(*within)
     if name == "scan":
-        # What is carried may in the end have the marks of all.
-        body = params["jaxpr"]
-        return made, _walk(body.jaxpr, _consts(body, [everything] * len(read)))[1]
+        return made, _scanned(params, read)
     return made, _NONE
+
+
+def _scanned(params: Any, read: list[Marks]) -> Marks:
+    body, held, carried = params["jaxpr"], params["num_consts"], params["num_carry"]
+    # A step has a slice of its own of what is scanned over, which may be a cell's alone.
+    own = [_NONE] * (len(read) - held - carried)
+    carry, decide = read[held : held + carried], _NONE
+    while True:
+        results, decide = _walk(body.jaxpr, _consts(body, [*read[:held], *carry, *own]))
+        after = [a | b for a, b in zip(carry, results, strict=False)]
+        if after == carry:
+            return decide
+        carry = after
 
 
 def _consts(inner: Any, read: list[Marks]) -> list[Marks]:

@@ -7,9 +7,8 @@ by itself; else whole and halves are evaluated and compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from itertools import product
 from math import prod
 from typing import Any
 
@@ -90,21 +89,26 @@ class Evaluator:
         return given + [(None,) * np.ndim(leaf) for leaf in leaves]
 
     def differs(
-        self, probe: Probe, whole: Mapping[str, np.ndarray], dims: tuple[str, ...]
+        self,
+        probe: Probe,
+        whole: Mapping[str, np.ndarray],
+        pieces: Iterable[Mapping[str, slice]],
     ) -> bool:
-        """Whether any half along ``dims`` is not what the whole is there."""
-        for corner in product((0, 1), repeat=len(dims)):
-            halves = dict(zip(dims, corner, strict=True))
-            for name, part in self(probe.part(halves)).items():
-                site = self.program.sites[name]
-                along = dims_in_dataset(site, self.program.binding)
-                inside = along[part.ndim - 1 :]
-                # An event that spans the dim is one density of cells that belong together.
-                if set(inside) & set(dims):
-                    return True
-                here = probe.index(along[: part.ndim - 1], halves)
-                if not _same(whole[name][here], part):
-                    return True
+        """Whether any of the pieces of a probe is not what the whole is there."""
+        return any(self._differs(probe, whole, piece) for piece in pieces)
+
+    def _differs(
+        self, probe: Probe, whole: Mapping[str, np.ndarray], piece: Mapping[str, slice]
+    ) -> bool:
+        for name, part in self(probe.part(piece)).items():
+            site = self.program.sites[name]
+            along = dims_in_dataset(site, self.program.binding)
+            cells = along[: part.ndim - 1]
+            # An event that spans the dim is one density of cells that belong together.
+            if set(along[part.ndim - 1 :]) & set(piece):
+                return True
+            if not _same(whole[name][probe.index(cells, piece)], part):
+                return True
         return False
 
     def _trace(self, probe: Probe) -> Any:

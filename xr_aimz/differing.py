@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xr_aimz.written import Step, Written, write_down
+from xr_aimz.written import Call, Step, Written, write_down
 
 __all__ = ["differing", "subtracts"]
 
@@ -25,9 +26,14 @@ __all__ = ["differing", "subtracts"]
 _LAYOUT = ("broadcast_in_dim", "copy", "reshape", "squeeze", "transpose")
 _CONVERT = "convert_element_type"
 _SUMS = ("add", "mul", "sub")
-# Functions of jax.random by the names that they have in a trace. From a key alone they draw
-# finite numbers; under any other name noise is only drawn in vain.
-_SAMPLERS = ("_gumbel", "_laplace", "_logistic", "_normal")
+# Functions of jax.random by the names that they have in a trace; from a key alone they draw
+# finite numbers. Under any other name noise is only drawn in vain.
+_SAMPLERS = {
+    "_gumbel": jax.random.gumbel,
+    "_laplace": jax.random.laplace,
+    "_logistic": jax.random.logistic,
+    "_normal": jax.random.normal,
+}
 
 
 def subtracts(contrast: Callable, like: Any) -> bool:
@@ -90,7 +96,7 @@ class _Parts:
 
     def __post_init__(self) -> None:
         known, calls = self.written.known.items(), self.written.calls.items()
-        self.noise.update(at for at, call in calls if self._is_drawn(*call))
+        self.noise.update(at for at, call in calls if self._is_drawn(at, call))
         self.finite.update(at for at, v in known if _is_finite(v, self.written.avals[at]))
         # A copy, for parts are written after what they are made of.
         for step in tuple(self.written.steps):
@@ -109,11 +115,19 @@ class _Parts:
             for kind in (self.noise, self.finite):
                 kind.update(step.made if step.read[0] in kind else ())
 
-    def _is_drawn(self, name: str, read: tuple[int, ...]) -> bool:
-        """Whether a call draws noise: it is a sampler's, of a key and nothing else."""
-        return name in _SAMPLERS and all(
-            jnp.issubdtype(self.written.avals[at].dtype, jax.dtypes.prng_key) for at in read
-        )
+    def _is_drawn(self, at: int, call: Call) -> bool:
+        """Whether a call draws noise: it is a sampler of JAX's own, of a key and nothing else."""
+        aval, read = self.written.avals[at], [self.written.avals[i] for i in call.read]
+        single = len(read) == 1 and not read[0].shape
+        if call.name not in _SAMPLERS or not single:
+            return False
+        if not jnp.issubdtype(read[0].dtype, jax.dtypes.prng_key):
+            return False
+        sampler = partial(_SAMPLERS[call.name], shape=aval.shape, dtype=aval.dtype)
+        own = jax.make_jaxpr(sampler)(read[0])
+        # By what it does: anybody may call a function so.
+        found = [e.params["jaxpr"] for e in own.jaxpr.eqns if e.params.get("name") == call.name]
+        return str(call.does) in map(str, found)
 
     def _part(self, step: Step, at: int) -> int:
         read = step.read

@@ -192,9 +192,30 @@ def _search(
         two = {**inputs.sizes, **{d: 2 * max(n, 2) for d, n in blocks.items()}}
         found = _first([two], (True, False), look) or found
     if found is not None and found.proven and direct is not None:
-        # Proven for short lengths, and not for those that matter: a rule on lengths.
-        return dims
+        # Proven for some lengths, and not for those that matter: they go by a rule on lengths,
+        # which may be one of what is faster.
+        shown = partial(_at_own_lengths, program, inputs, latents, params, seen)
+        found = _first([blocks], (True, False), shown) or _Verdict(dims)
     return None if found is None else found.dims
+
+
+def _at_own_lengths(
+    program: Program,
+    inputs: Inputs,
+    latents: Mapping[str, xr.DataArray],
+    params: Mapping[str, Any],
+    seen: Mapping[str, xr.DataArray],
+    blocks: Mapping[str, int],
+) -> _Verdict:
+    """What values show of the Dataset's own lengths against blocks at its ends."""
+    dims = tuple(blocks)
+    if not affordable(program, inputs, inputs.sizes):
+        return _Verdict(dims)
+    tried = probes(program, inputs, latents, seen, inputs.sizes)
+    evaluate = Evaluator(_with_sources(program, params, tried[0]), params)
+    part = {d: max(n, 2) for d, n in blocks.items()}
+    couples = any(evaluate.differs(p, evaluate(p), p.ends(part)) for p in tried)
+    return _Verdict(dims if couples else ())
 
 
 def _first(
@@ -229,7 +250,7 @@ def _look(
     """A proof; or else what values show, where a probe of them is not too large."""
     shape = outline(program, inputs, latents, sizes)
     evaluate = Evaluator(_with_all_drawn(program, shape), params)
-    if evaluate.proves(shape, shape.part(dict.fromkeys(dims, 0)), dims):
+    if evaluate.proves(shape, shape.part(next(shape.halves(dims))), dims):
         return _Verdict((), proven=True)
     if not affordable(program, inputs, sizes):
         return None
@@ -261,7 +282,7 @@ def _with_sources(program: Program, params: Mapping[str, Any], probe: Probe) -> 
 
 
 def _judged(evaluate: Evaluator, tried: tuple[Probe, ...], dims: tuple[str, ...]) -> Any:
-    half = tried[0].part(dict.fromkeys(dims, 0))
+    half = tried[0].part(next(tried[0].halves(dims)))
     key = (evaluate.digest(tried[0]), evaluate.digest(half), dims)
     if key not in _verdicts:
         wholes = [(probe, evaluate(probe)) for probe in tried]
@@ -269,7 +290,7 @@ def _judged(evaluate: Evaluator, tried: tuple[Probe, ...], dims: tuple[str, ...]
         told = [(probe, whole) for probe, whole in wholes if _finite(whole) == best]
 
         def differ(along: tuple[str, ...]) -> bool:
-            return any(evaluate.differs(probe, whole, along) for probe, whole in told)
+            return any(evaluate.differs(p, whole, p.halves(along)) for p, whole in told)
 
         found = dims if differ(dims) else ()
         # Each dim by itself costs another compilation, and only a refusal needs to know.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -49,21 +50,28 @@ class Probe:
     latents: Named
     noise: Named
 
-    def part(self, halves: Mapping[str, int]) -> Probe:
-        """The first or second half (0, 1) along each of some dims."""
+    def part(self, pieces: Mapping[str, slice]) -> Probe:
+        """A piece along each of some dims."""
 
         def cut(named: Named) -> Named:
-            return {n: (dims, a[self.index(dims, halves)]) for n, (dims, a) in named.items()}
+            return {n: (dims, a[self.index(dims, pieces)]) for n, (dims, a) in named.items()}
 
-        sizes = {**self.sizes, **{d: self.sizes[d] // 2 for d in halves}}
+        sizes = {**self.sizes, **{d: s.stop - s.start for d, s in pieces.items()}}
         return Probe(sizes, cut(self.arrays), cut(self.latents), cut(self.noise))
 
-    def index(self, dims: Iterable[str], halves: Mapping[str, int]) -> tuple[slice, ...]:
-        """Where a half along some dims lies in an array of the probe's."""
-        lengths = [(self.sizes[d] // 2, halves[d]) if d in halves else None for d in dims]
-        return tuple(
-            slice(None) if n is None else slice(n[0] * n[1], n[0] * (n[1] + 1)) for n in lengths
-        )
+    def index(self, dims: Iterable[str], pieces: Mapping[str, slice]) -> tuple[slice, ...]:
+        """Where a piece along some dims lies in an array of the probe's."""
+        return tuple(pieces.get(d, slice(None)) for d in dims)
+
+    def ends(self, lengths: Mapping[str, int]) -> Iterator[dict[str, slice]]:
+        """Pieces of those lengths at both ends of each dim, all first ones first."""
+        both = [(slice(0, n), slice(self.sizes[d] - n, self.sizes[d])) for d, n in lengths.items()]
+        for corner in product(*both):
+            yield dict(zip(lengths, corner, strict=True))
+
+    def halves(self, dims: Iterable[str]) -> Iterator[dict[str, slice]]:
+        """Both halves along each of some dims."""
+        return self.ends({d: self.sizes[d] // 2 for d in dims})
 
     @property
     def values(self) -> tuple[dict[str, np.ndarray], ...]:

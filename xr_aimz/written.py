@@ -13,7 +13,7 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
-__all__ = ["Step", "Written", "write_down"]
+__all__ = ["Call", "Step", "Written", "write_down"]
 
 _CALLS = ("jit", "pjit")
 
@@ -32,6 +32,15 @@ class Step:
     tells: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A function within a program: its name, what it was called with, and what it does."""
+
+    name: str
+    read: tuple[int, ...]
+    does: ClosedJaxpr
+
+
 @dataclass(eq=False)
 class Written:
     """The steps of a program.
@@ -45,15 +54,15 @@ class Written:
     known : mapping of number to value
         The constants.
     avals : mapping of number to abstract value
-    calls : mapping of number to (name, numbers)
-        Of what a function within the program returns: its name, and what it was called with.
+    calls : mapping of number to Call
+        Of what a function within the program returns.
     """
 
     steps: list[Step] = field(default_factory=list)
     maker: dict[int, Step] = field(default_factory=dict)
     known: dict[int, Any] = field(default_factory=dict)
     avals: dict[int, Any] = field(default_factory=dict)
-    calls: dict[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    calls: dict[int, Call] = field(default_factory=dict)
 
     def value(self, aval: Any) -> int:
         """A number for a value."""
@@ -119,7 +128,8 @@ def _inlined(written: Written, closed: ClosedJaxpr, arguments: Sequence[int]) ->
         made: Sequence[int]
         if name in _CALLS:
             made = _inlined(written, operation.params["jaxpr"], read)
-            written.calls |= dict.fromkeys(made, (operation.params["name"], tuple(read)))
+            call = Call(operation.params["name"], tuple(read), operation.params["jaxpr"])
+            written.calls |= dict.fromkeys(made, call)
         else:
             avals = [variable.aval for variable in operation.outvars]
             operate = _operate(operation, jaxpr)
