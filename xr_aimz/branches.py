@@ -60,28 +60,38 @@ def _made(operation: Any, read: list[Marks]) -> tuple[list[Marks], Marks]:
     everything = _NONE.union(*read)
     made = [everything] * len(operation.outvars)
     if name in _CALLS:
-        inner = params[_CALLS[name]]
-        return _walk(getattr(inner, "jaxpr", inner), _consts(inner, read))
+        return _inner(params[_CALLS[name]], read)
     if name == "cond":
-        within = [_walk(b.jaxpr, _consts(b, read[1:]))[1] for b in params["branches"]]
+        within = [_inner(branch, read[1:])[1] for branch in params["branches"]]
         return made, read[0].union(*within)
     if name == "scan":
-        return made, _scanned(params, read)
+        return made, _scanned(operation, read)
     return made, _NONE
 
 
-def _scanned(params: Any, read: list[Marks]) -> Marks:
-    body, held, carried = params["jaxpr"], params["num_consts"], params["num_carry"]
+def _scanned(operation: Any, read: list[Marks]) -> Marks:
+    body = operation.params["jaxpr"]
+    inner = getattr(body, "jaxpr", body)
+    # By shapes, for JAX counts them otherwise from 0.12 on: what is scanned over, or stacked, has
+    # an axis more than a step's part of it.
+    stacked = sum(_wider(*both) for both in zip(operation.invars, inner.invars, strict=True))
+    carried = sum(not _wider(*both) for both in zip(operation.outvars, inner.outvars, strict=True))
+    held = len(read) - stacked - carried
     # A step has a slice of its own of what is scanned over, which may be a cell's alone.
-    own = [_NONE] * (len(read) - held - carried)
     carry, decide = read[held : held + carried], _NONE
     while True:
-        results, decide = _walk(body.jaxpr, _consts(body, [*read[:held], *carry, *own]))
+        results, decide = _inner(body, [*read[:held], *carry, *[_NONE] * stacked])
         after = [a | b for a, b in zip(carry, results, strict=False)]
         if after == carry:
             return decide
         carry = after
 
 
-def _consts(inner: Any, read: list[Marks]) -> list[Marks]:
-    return [_NONE] * len(getattr(inner, "consts", ())) + read
+def _wider(whole: Any, part: Any) -> bool:
+    return len(whole.aval.shape) > len(part.aval.shape)
+
+
+def _inner(program: Any, read: list[Marks]) -> tuple[list[Marks], Marks]:
+    """A program within the program: closed, or without constants of its own."""
+    consts = len(getattr(program, "consts", ()))
+    return _walk(getattr(program, "jaxpr", program), [_NONE] * consts + read)
