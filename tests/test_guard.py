@@ -44,7 +44,7 @@ def verdict(of, split=DIMS, ds=DS, posterior=ONES, variables=None, **options):
     inputs = gather(fit.binding, ds, outcomes=False)
     program = Program(fit.model, fit.binding, fit.sites, inputs.dims, tuple(fit.sites))
     latents = {n: a for n, a in fit.posterior.items() if fit.sites[n].kind == "latent"}
-    return guard.coupled(program, inputs, latents, {}, dict.fromkeys(split, 5))
+    return guard.coupled(guard.Case(program, inputs, latents, {}), dict.fromkeys(split, 5))
 
 
 def normal(location):
@@ -512,7 +512,7 @@ def test_sites_without_draws_get_values_of_their_support():
         inputs = gather(fit.binding, DS, outcomes=True)
         sites = ("scale", "y")
         program = Program(fit.model, fit.binding, fit.sites, inputs.dims, sites)
-        assert guard.coupled(program, inputs, {}, {}, {"time": 5}) == expected
+        assert guard.coupled(guard.Case(program, inputs, {}, {}), {"time": 5}) == expected
 
 
 def on_blocks(of, length, n=48):

@@ -25,7 +25,7 @@ from xr_aimz.cell_results import in_cells
 from xr_aimz.device import device_dtype, to_device_dtype, traced
 from xr_aimz.drawn_from import Drawing
 from xr_aimz.errors import ModelError
-from xr_aimz.guard import check_alone, check_split
+from xr_aimz.guard import Case, coupled, coupled_at_any_length, refuse
 from xr_aimz.holes import may_have_holes, without_holes
 from xr_aimz.inputs import Inputs
 from xr_aimz.interventions import Intervention
@@ -193,7 +193,7 @@ def check_split_along(wanted: Evaluation, cut: Plan, dims: Iterable[str]) -> Non
     """
     halved = replace(cut, chunks={**cut.chunks, **dict.fromkeys(dims, (1, 1))})
     _check_cut(wanted, halved)
-    _check_coupling(wanted, halved, check_alone)
+    _check_coupling(wanted, halved, coupled_at_any_length)
 
 
 def evaluate(wanted: Evaluation) -> xr.Dataset:
@@ -312,7 +312,7 @@ def _check_cut(wanted: Evaluation, cut: Plan) -> None:
                 )
 
 
-def _check_coupling(wanted: Evaluation, cut: Plan, check: Callable = check_split) -> None:
+def _check_coupling(wanted: Evaluation, cut: Plan, look: Callable = coupled) -> None:
     """The model, as one cell of a fit with ``per`` sees it, needs no block but its own."""
     fit, per = wanted.fit, wanted.fit.binding.per
     pieces = [d for d in wanted.fit.binding.dims if len(cut.chunks[d]) > 1]
@@ -328,4 +328,5 @@ def _check_coupling(wanted: Evaluation, cut: Plan, check: Callable = check_split
     cell = replace(fit.binding.without_data(), per=())
     program = replace(wanted.program, binding=cell, dims=inputs.dims, worlds=None)
     blocks = {d: cut.largest(d) for d in pieces}
-    check(program, inputs, latents, fit.params, blocks, seen)
+    case = Case(program, inputs, latents, fit.params, seen)
+    refuse(case, look(case, blocks))

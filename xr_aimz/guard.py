@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -32,79 +32,14 @@ from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Program
 from xr_aimz.probe import Probe, affordable, outline, probe_shapes, probes
 
-__all__ = ["check_alone", "check_split", "coupled"]
+__all__ = ["Case", "coupled", "coupled_at_any_length", "refuse"]
 
 _verdicts: dict[Any, tuple[str, ...] | None] = {}
 
 
-def check_split(
-    program: Program,
-    inputs: Inputs,
-    latents: Mapping[str, xr.DataArray],
-    params: Mapping[str, Any],
-    blocks: Mapping[str, int],
-    seen: Mapping[str, xr.DataArray],
-) -> None:
-    """Refuse a model that couples cells along dims that are going to be split.
-
-    Parameters
-    ----------
-    program, inputs, latents, params, blocks, seen
-        As in :func:`coupled`.
-
-    Raises
-    ------
-    ModelError
-        With the dimensions and the remedies.
-    """
-    _refuse(program, coupled(program, inputs, latents, params, blocks, seen))
-
-
-def check_alone(
-    program: Program,
-    inputs: Inputs,
-    latents: Mapping[str, xr.DataArray],
-    params: Mapping[str, Any],
-    blocks: Mapping[str, int],
-    seen: Mapping[str, xr.DataArray],
-) -> None:
-    """Refuse a model that couples cells along dims, of whatever lengths these are going to be.
-
-    Parameters
-    ----------
-    program, inputs, latents, params, blocks, seen
-        As in :func:`coupled`.
-
-    Raises
-    ------
-    ModelError
-        With the dimensions and the remedies.
-    """
-    _refuse(program, _search(program, inputs, latents, params, blocks, seen, None))
-
-
-def _refuse(program: Program, found: tuple[str, ...] | None) -> None:
-    if not found:
-        return
-    shown = found[0] if len(found) == 1 else found
-    raise ModelError(
-        f"the model couples cells along {shown!r}, which is cut into blocks: a block of "
-        f"{list(program.returns)!r} would come out otherwise than in the whole, as by a lag, a "
-        "running sum, a mean, a count of positions, a rule on lengths or a cond that many cells "
-        f"decide. Keep the dimension whole, core_dim={shown!r} at the fit, or compute what looks "
-        "along it beforehand, as a variable of the Dataset"
-    )
-
-
-def coupled(
-    program: Program,
-    inputs: Inputs,
-    latents: Mapping[str, xr.DataArray],
-    params: Mapping[str, Any],
-    blocks: Mapping[str, int],
-    seen: Mapping[str, xr.DataArray] | None = None,
-) -> tuple[str, ...] | None:
-    """The dims, of those that are going to be split, along which a model couples cells.
+@dataclass(frozen=True)
+class Case:
+    """A model, and what it is going to be run on.
 
     Parameters
     ----------
@@ -115,10 +50,54 @@ def coupled(
     latents : mapping of site to DataArray ``(chain, draw, ...)``
         Known draws. Sites without, or with lazy ones, get values from their support.
     params : mapping of site to pytree
-    blocks : mapping of dim to int
-        The dims that are going to be split, and how long a block is along each.
     seen : mapping of variable to DataArray, optional
         What a lazy input's values may be like: those of the fit.
+    """
+
+    program: Program
+    inputs: Inputs
+    latents: Mapping[str, xr.DataArray]
+    params: Mapping[str, Any]
+    seen: Mapping[str, xr.DataArray] = field(default_factory=dict)
+
+    def outline(self, sizes: Mapping[str, int]) -> Probe:
+        return outline(self.program, self.inputs, self.latents, sizes)
+
+    def probes(self, sizes: Mapping[str, int]) -> tuple[Probe, ...]:
+        return probes(self.program, self.inputs, self.latents, self.seen, sizes)
+
+    def affords(self, sizes: Mapping[str, int]) -> bool:
+        return affordable(self.program, self.inputs, sizes)
+
+
+def refuse(case: Case, dims: tuple[str, ...] | None) -> None:
+    """Refuse a model that couples cells along dims that are going to be split.
+
+    Raises
+    ------
+    ModelError
+        With the dimensions and the remedies, if there are any.
+    """
+    if not dims:
+        return
+    shown = dims[0] if len(dims) == 1 else dims
+    raise ModelError(
+        f"the model couples cells along {shown!r}, which is cut into blocks: a block of "
+        f"{list(case.program.returns)!r} would come out otherwise than in the whole, as by a lag, "
+        "a running sum, a mean, a count of positions, a rule on lengths or a cond that many cells "
+        f"decide. Keep the dimension whole, core_dim={shown!r} at the fit, or compute what looks "
+        "along it beforehand, as a variable of the Dataset"
+    )
+
+
+def coupled(case: Case, blocks: Mapping[str, int]) -> tuple[str, ...] | None:
+    """The dims, of those that are going to be split, along which a model couples cells.
+
+    Parameters
+    ----------
+    case : Case
+    blocks : mapping of dim to int
+        The dims that are going to be split, and how long a block is along each.
 
     Returns
     -------
@@ -129,19 +108,29 @@ def coupled(
     """
     if not blocks:
         return ()
-    given = (program, inputs, latents, params)
     # As the model is going to be run: a proof has no use for more bits.
-    direct = _first([blocks], (False,), partial(_direct, *given))
-    if direct is not None and direct.proven:
-        return ()
-    search = partial(_search, *given, blocks, seen or {}, direct)
+    direct = _first([blocks], (False,), partial(_direct, case))
     if direct is None:
-        return search()
+        return coupled_at_any_length(case, blocks)
+    if direct.proven:
+        return ()
     # Whatever else differs, two models of which these traces are equal are one.
     key = (direct.digest, tuple(blocks.items()))
     if key not in _verdicts:
-        _verdicts[key] = search()
+        found = _search(case, blocks)
+        if found is not None and found.proven:
+            # Proven for some lengths, and not for those that matter: they go by a rule on
+            # lengths, which may be one of what is faster.
+            shown = _first([blocks], (True, False), partial(_at_own_lengths, case))
+            found = shown or _Verdict(tuple(blocks))
+        _verdicts[key] = None if found is None else found.dims
     return _verdicts[key]
+
+
+def coupled_at_any_length(case: Case, blocks: Mapping[str, int]) -> tuple[str, ...] | None:
+    """As :func:`coupled`, of Datasets whose lengths are not known yet."""
+    found = _search(case, blocks)
+    return None if found is None else found.dims
 
 
 @dataclass(frozen=True)
@@ -153,68 +142,44 @@ class _Verdict:
     digest: str = ""
 
 
-def _direct(
-    program: Program,
-    inputs: Inputs,
-    latents: Mapping[str, xr.DataArray],
-    params: Mapping[str, Any],
-    blocks: Mapping[str, int],
-) -> _Verdict | None:
+def _direct(case: Case, blocks: Mapping[str, int]) -> _Verdict | None:
     """Whether two traces, of all the Dataset and of one block, show cells made by themselves."""
-    # In a block of one, what each cell has of its own looks like what all share.
-    part = {d: max(n, 2) for d, n in blocks.items()}
-    if any(n >= inputs.sizes[d] for d, n in part.items()):
+    sizes, part = case.inputs.sizes, _parts(blocks)
+    if any(n >= sizes[d] for d, n in part.items()):
         return None
-    whole = outline(program, inputs, latents, inputs.sizes)
-    block = outline(program, inputs, latents, {**inputs.sizes, **part})
-    evaluate = Evaluator(_with_all_drawn(program, whole), params)
+    whole, block = case.outline(sizes), case.outline({**sizes, **part})
+    evaluate = Evaluator(_with_all_drawn(case.program, whole), case.params)
     if evaluate.proves(whole, block, tuple(blocks)):
         return _Verdict((), proven=True)
     return _Verdict((), digest=evaluate.digest(whole) + evaluate.digest(block))
 
 
-def _search(
-    program: Program,
-    inputs: Inputs,
-    latents: Mapping[str, xr.DataArray],
-    params: Mapping[str, Any],
-    blocks: Mapping[str, int],
-    seen: Mapping[str, xr.DataArray],
-    direct: _Verdict | None,
-) -> tuple[str, ...] | None:
+def _parts(blocks: Mapping[str, int]) -> dict[str, int]:
+    # In a block of one, what each cell has of its own looks like what all share.
+    return {d: max(n, 2) for d, n in blocks.items()}
+
+
+def _search(case: Case, blocks: Mapping[str, int]) -> _Verdict | None:
     """The dims along which a model that is not proven couples cells."""
     dims = tuple(blocks)
-    look = partial(_look, program, inputs, latents, params, dims, seen)
-    found = _first(probe_shapes(program, inputs, dims), (True, False), look)
+    look = partial(_look, case, dims)
+    found = _first(probe_shapes(case.program, case.inputs, dims), (True, False), look)
     if found is None or found.proven:
         # What a model does with lengths it may do with a block's alone: months make whole years
         # in a block and not in a probe, and the lesser of 30 and a length is 30 in any probe.
-        two = {**inputs.sizes, **{d: 2 * max(n, 2) for d, n in blocks.items()}}
+        two = {**case.inputs.sizes, **{d: 2 * n for d, n in _parts(blocks).items()}}
         found = _first([two], (True, False), look) or found
-    if found is not None and found.proven and direct is not None:
-        # Proven for some lengths, and not for those that matter: they go by a rule on lengths,
-        # which may be one of what is faster.
-        shown = partial(_at_own_lengths, program, inputs, latents, params, seen)
-        found = _first([blocks], (True, False), shown) or _Verdict(dims)
-    return None if found is None else found.dims
+    return found
 
 
-def _at_own_lengths(
-    program: Program,
-    inputs: Inputs,
-    latents: Mapping[str, xr.DataArray],
-    params: Mapping[str, Any],
-    seen: Mapping[str, xr.DataArray],
-    blocks: Mapping[str, int],
-) -> _Verdict:
+def _at_own_lengths(case: Case, blocks: Mapping[str, int]) -> _Verdict:
     """What values show of the Dataset's own lengths against blocks at its ends."""
     dims = tuple(blocks)
-    if not affordable(program, inputs, inputs.sizes):
+    if not case.affords(case.inputs.sizes):
         return _Verdict(dims)
-    tried = probes(program, inputs, latents, seen, inputs.sizes)
-    evaluate = Evaluator(_with_sources(program, params, tried[0]), params)
-    part = {d: max(n, 2) for d, n in blocks.items()}
-    couples = any(evaluate.differs(p, evaluate(p), p.ends(part)) for p in tried)
+    tried = case.probes(case.inputs.sizes)
+    evaluate = Evaluator(_with_sources(case, tried[0]), case.params)
+    couples = any(evaluate.differs(p, evaluate(p), p.ends(_parts(blocks))) for p in tried)
     return _Verdict(dims if couples else ())
 
 
@@ -238,24 +203,16 @@ def _first(
     return None
 
 
-def _look(
-    program: Program,
-    inputs: Inputs,
-    latents: Mapping[str, xr.DataArray],
-    params: Mapping[str, Any],
-    dims: tuple[str, ...],
-    seen: Mapping[str, xr.DataArray],
-    sizes: Mapping[str, int],
-) -> _Verdict | None:
+def _look(case: Case, dims: tuple[str, ...], sizes: Mapping[str, int]) -> _Verdict | None:
     """A proof; or else what values show, where a probe of them is not too large."""
-    shape = outline(program, inputs, latents, sizes)
-    evaluate = Evaluator(_with_all_drawn(program, shape), params)
+    shape = case.outline(sizes)
+    evaluate = Evaluator(_with_all_drawn(case.program, shape), case.params)
     if evaluate.proves(shape, shape.part(next(shape.halves(dims))), dims):
         return _Verdict((), proven=True)
-    if not affordable(program, inputs, sizes):
+    if not case.affords(sizes):
         return None
-    tried = probes(program, inputs, latents, seen, sizes)
-    evaluate = Evaluator(_with_sources(program, params, tried[0]), params)
+    tried = case.probes(sizes)
+    evaluate = Evaluator(_with_sources(case, tried[0]), case.params)
     along = {*_judged(evaluate, tried, dims), *evaluate.branches(tried[0], dims)}
     return _Verdict(tuple(d for d in dims if d in along))
 
@@ -266,12 +223,13 @@ def _with_all_drawn(program: Program, probe: Probe) -> Program:
     return replace(program, returns=(*program.returns, *hidden))
 
 
-def _with_sources(program: Program, params: Mapping[str, Any], probe: Probe) -> Program:
+def _with_sources(case: Case, probe: Probe) -> Program:
     """The program, with those drawn sites among its ``returns`` that its returns depend on."""
+    program = case.program
     hidden = [name for name in probe.noise if name not in program.returns]
     if not hidden:
         return program
-    evaluate = Evaluator(program, params)
+    evaluate = Evaluator(program, case.params)
     before, matters = evaluate(probe), []
     for name in hidden:
         dims, values = probe.noise[name]

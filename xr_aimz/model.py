@@ -225,6 +225,7 @@ def trace_sites(
         try:
             jax.eval_shape(run, arrays)
         except Exception as error:
+            # The model's own, of any class: raised as it is, with where it came from.
             error.add_note(_where(tracer.trace, passed))
             raise
     return tuple(found)

@@ -120,7 +120,9 @@ def one(name: str) -> None:
     blocks, found = dict.fromkeys(split, 3), []
     for _ in range(2):
         start = time.perf_counter(), time.process_time()
-        verdict = guard.coupled(program, inputs, latents, {}, blocks, fit.constant_data)
+        verdict = guard.coupled(
+            guard.Case(program, inputs, latents, {}, fit.constant_data), blocks
+        )
         found.append((time.perf_counter() - start[0], time.process_time() - start[1]))
     assert verdict == (("time",) if name == "coupling" else ()), verdict
     assert xr_aimz.__version__
