@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import ordinary_models
 import pytest
 import xarray as xr
 from numpyro.contrib.control_flow import scan
 
 import xr_aimz
 from xr_aimz import guard
-from xr_aimz.errors import ModelError
+from xr_aimz.bound import bind
+from xr_aimz.errors import DimensionError, ModelError, OptionError
 from xr_aimz.inputs import gather
 from xr_aimz.kernel import Program
 
@@ -39,12 +43,13 @@ def slope():
 
 
 def verdict(of, split=DIMS, ds=DS, posterior=ONES, variables=None, **options):
-    """What the guard says, or the dims that it names; None if it cannot judge."""
+    """The dims that are coupled, () if none is by proof, or what stood in the way of one."""
     fit = ds.aimz.from_posterior(of, posterior, variables, **options)
     inputs = gather(fit.binding, ds, outcomes=False)
     program = Program(fit.model, fit.binding, fit.sites, inputs.dims, tuple(fit.sites))
     latents = {n: a for n, a in fit.posterior.items() if fit.sites[n].kind == "latent"}
-    return guard.coupled(guard.Case(program, inputs, latents, {}), dict.fromkeys(split, 5))
+    found = guard.judge(guard.Case(program, inputs, latents, {}), dict.fromkeys(split, 5))
+    return found.coupled if found.obstacle is None else found.coupled or str(found.obstacle)
 
 
 def normal(location):
@@ -94,6 +99,22 @@ def test_a_coupling_is_found_and_its_dims_are_named(name):
         assert verdict(normal(location), tuple(other)) == ()
 
 
+@pytest.mark.parametrize("name", ordinary_models.MODELS)
+def test_ordinary_models_are_proven(name):
+    of, split, options = ordinary_models.MODELS[name]
+    if name == "equinox_network":
+        pytest.importorskip("equinox")
+    bound = bind(ordinary_models.DS, of, **options)
+    inputs = gather(bound.binding, ordinary_models.DS, outcomes=False)
+    returns = tuple(n for n, s in bound.sites.items() if s.kind in ("observed", "deterministic"))
+    program = Program(of, bound.binding.without_data(), bound.sites, inputs.dims, returns)
+    case = guard.Case(program, inputs, {}, {})
+    for length in (5, 1):
+        found = guard.judge(case, dict.fromkeys(split, length))
+        assert found.obstacle is None, found
+        assert found.least <= 2
+
+
 def either(decides):
     return jax.lax.cond(decides, lambda: 10.0, lambda: 1.0)
 
@@ -112,7 +133,32 @@ def told(x):
 
 told.defjvps(None)
 
+
+def in_a_checkpoint(b, x, z):
+    return jax.checkpoint(lambda v: v * either(v.max() > 1e9))(x)
+
+
+def in_a_loop(b, x, z):
+    def step(carry):
+        return carry[0] + 1, carry[1] * either(z.sum() > 1e9)
+
+    return x * jax.lax.while_loop(lambda carry: carry[0] < 2, step, (0, 1.0))[1]
+
+
+def until_all_are_done(b, x, z):
+    return jax.lax.while_loop(lambda v: v.max() > 1e9, lambda v: v / 2, x)
+
+
+def callback(b, x, z):
+    struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(lambda v: v * (1 + (v.max() > 1e9)), struct, x)
+
+
 SWITCHED = {
+    "any of them": (lambda b, x, z: jnp.where(jnp.any(x > 1e9), 2 * x, x), ("time", "lat")),
+    "in a checkpoint": (in_a_checkpoint, ("time", "lat")),
+    "in a loop": (in_a_loop, ("time",)),
+    "a loop's condition": (until_all_are_done, ("time", "lat")),
     "a mean": (lambda b, x, z: x * either(x.mean() > 1e9), ("time", "lat")),
     "one dim": (lambda b, x, z: x * either(z.max() > 1e9), ("time",)),
     "the first cell": (lambda b, x, z: x * either(z[0, 0] > 1e9), ("time",)),
@@ -127,9 +173,12 @@ SWITCHED = {
 
 
 @pytest.mark.parametrize("name", SWITCHED)
-def test_a_branch_that_cells_decide_together_is_a_coupling_though_no_value_shows_it(name):
+def test_a_branch_that_cells_decide_together_is_not_proven_though_no_value_shows_it(name):
     location, dims = SWITCHED[name]
-    assert verdict(normal(location)) == dims
+    obstacle = verdict(normal(location))
+    assert re.search(rf"`\w+` .*cells along '{dims[0]}'.* \(test_guard.py:\d+", obstacle)
+    others = tuple(d for d in DIMS if d not in dims)
+    assert not others or verdict(normal(location), others) == ()
 
 
 def test_a_branch_that_no_cell_decides_is_no_coupling():
@@ -225,10 +274,47 @@ def test_a_coupling_is_found_in_every_family_and_none_where_there_is_none(name):
     assert verdict(make(lambda b, x: fn(b, x - x.mean(0))), ("time",)) == ("time",)
 
 
-def test_what_does_not_move_the_density_is_no_coupling():
+UNSHOWN = normal(lambda b, x, z: b * jnp.where(jnp.any(x > 1e9), 2 * x, x))
+
+
+def test_what_is_neither_proven_nor_shown_is_refused_unless_it_is_assumed():
+    assert "`reduce_or` combines cells along 'time'" in verdict(UNSHOWN)
     # Logits are the same but for a constant, and that constant is of all cells.
     shifted = counting(lambda b, x: dist.Categorical(logits=jnp.stack([x, b * x], -1) - x.max()))
-    assert verdict(shifted) == ()
+    assert "`reduce_max` combines cells along 'time'" in verdict(shifted)
+    cut = DS.chunk(time=10)
+    fit = DS.aimz.from_posterior(UNSHOWN, ONES)
+    with pytest.raises(
+        ModelError, match=r"not proven.*'time'.*reduce_or.*assume_independent='time'"
+    ):
+        cut.aimz.predict(fit)
+    assumed = cut.aimz.predict(fit, assume_independent="time")
+    assert "cells assumed independent along ['time']" in assumed.attrs["history"]
+    assert assumed.attrs["aimz_assume_independent"] == "time"
+    xr.testing.assert_equal(assumed.drop_attrs(), DS.aimz.predict(fit).compute().drop_attrs())
+    scored = cut.aimz.log_likelihood(fit, assume_independent=["time"])
+    xr.testing.assert_allclose(scored.y, DS.aimz.log_likelihood(fit).y)
+    # What a result says of itself is not what the next one made from it says.
+    again = assumed.assign(x=DS.x, z=DS.z)[["x", "z"]].aimz.predict(fit)
+    assert "aimz_assume_independent" not in again.attrs
+    with pytest.raises(DimensionError, match=r"assume_independent='tme'.*'time'"):
+        cut.aimz.predict(fit, assume_independent="tme")
+
+
+def test_a_coupling_that_values_show_cannot_be_assumed_away():
+    fit = DS.aimz.from_posterior(normal(COUPLED["mean along time"][0]), ONES)
+    with pytest.raises(ModelError, match="couples cells along 'time'"):
+        DS.chunk(time=10).aimz.predict(fit, assume_independent="time")
+
+
+def test_what_is_assumed_of_one_dim_is_not_of_another():
+    of = normal(lambda b, x, z: jnp.where(jnp.any(x > 1e9, 1, keepdims=True), 2 * x, x))
+    fit = DS.aimz.from_posterior(of, ONES)
+    cut = DS.chunk(time=10, lat=2)
+    with pytest.raises(ModelError, match=r"not proven.*'lat'"):
+        cut.aimz.predict(fit, assume_independent="time")
+    assert cut.aimz.predict(fit, assume_independent="lat").y.shape == (1, 3, *SHAPE)
+    assert DS.chunk(time=10).aimz.predict(fit).y.shape == (1, 3, *SHAPE)
 
 
 def local(x, y=None, total=0.0):
@@ -236,7 +322,8 @@ def local(x, y=None, total=0.0):
     with xr_aimz.plate("lat"):
         level = numpyro.sample("level", dist.Normal(0, tau))
     with xr_aimz.plate("time"), xr_aimz.plate("lat"):
-        numpyro.sample("y", dist.Normal(level - total * level.mean() + x, 1.0), obs=y)
+        shared = total * level.mean() if total else 0.0
+        numpyro.sample("y", dist.Normal(level - shared + x, 1.0), obs=y)
 
 
 LEVELS = {"tau": np.ones((1, 3)), "level": np.ones((1, 3, 6))}
@@ -252,7 +339,7 @@ def test_a_scan_couples_its_own_dim_alone():
         b = slope()
 
         def step(level, now):
-            level = 0.5 * level + b * now[0] - total * now[0].mean()
+            level = 0.5 * level + b * now[0] - (total * now[0].mean() if total else 0.0)
             numpyro.sample("y", dist.Normal(level, 1.0), obs=now[1])
             return level, None
 
@@ -345,7 +432,7 @@ def test_sizes_written_into_a_model_leave_it_unjudged_where_they_matter():
             numpyro.sample("y", dist.Normal(b * x * jnp.ones(6), 1.0), obs=y)
 
     assert verdict(of, ("time",)) == ()
-    assert verdict(of, ("lat",)) is None
+    assert "on one of its blocks it raises" in verdict(of, ("lat",))
     fit = DS.aimz.from_posterior(of, ONES)
     with pytest.raises(Exception, match=r"broadcast|shape"):
         DS.chunk(lat=2).aimz.predict(fit)
@@ -370,14 +457,15 @@ def test_a_deterministic_is_judged_by_its_value():
 def test_what_a_site_is_drawn_from_is_judged_with_it():
     def chain(x, y=None, n=None, reach=1.0):
         middle = numpyro.sample("middle", dist.Normal(slope() * (x - x.mean(0)), 1.0), obs=y)
-        numpyro.sample("end", dist.Poisson(jnp.exp(reach * middle)), obs=n)
+        rate = jnp.exp(x if reach is None else reach * middle)
+        numpyro.sample("end", dist.Poisson(rate), obs=n)
 
     cut = DS.chunk(time=10)
     fit = DS.aimz.from_posterior(chain, ONES)
     with pytest.raises(ModelError, match="along 'time'"):
         cut.aimz.predict(fit, sites="end")
     # Where nothing comes from it, a coupled site that is not asked for does no harm.
-    fit = DS.aimz.from_posterior(chain, ONES, {"reach": 0.0})
+    fit = DS.aimz.from_posterior(chain, ONES, {"reach": None})
     assert cut.aimz.predict(fit, sites="end").n.shape == (1, 3, *SHAPE)
 
 
@@ -413,21 +501,14 @@ def test_nothing_lazy_is_computed():
             assert lazy.aimz.predict(fit).y.shape == (1, 3, *SHAPE)
 
 
-def test_a_program_is_judged_once(monkeypatch):
-    def stepped(x, y=None):
-        def step(total, one):
-            return total + one, total
-
-        z = scan(step, jnp.zeros(()), jnp.ones(3))[1].sum()
-        numpyro.sample("y", dist.Normal(slope() * x + 17 * z, 1.0), obs=y)
-
-    fit = DS.aimz.from_posterior(stepped, ONES)
-    DS.chunk(time=10).aimz.predict(fit)
+def test_a_coupling_is_looked_for_once(monkeypatch):
+    fit = DS.aimz.from_posterior(UNSHOWN, ONES)
+    DS.chunk(time=10).aimz.predict(fit, assume_independent="time")
     searched = []
-    monkeypatch.setattr(guard, "_search", lambda *args: searched.append(args))
-    DS.chunk(time=10).aimz.predict(fit)
+    monkeypatch.setattr(guard, "_coupled_dims", lambda *args: searched.append(args) or ())
+    DS.chunk(time=10).aimz.predict(fit, assume_independent="time")
     assert not searched
-    DS.chunk(time=8).aimz.predict(fit)
+    DS.chunk(time=8).aimz.predict(fit, assume_independent="time")
     assert len(searched) == 1
 
 
@@ -473,7 +554,7 @@ LEFT, RIGHT = RNG.normal(size=(5, 3)), RNG.normal(size=(3, 5))
 
 
 @pytest.mark.parametrize("length", [3, 20])
-def test_a_rule_on_lengths_that_is_one_of_speed_is_none(length):
+def test_a_rule_on_lengths_that_is_one_of_speed_has_to_be_assumed(length):
     """Which product comes first depends on how many rows there are."""
 
     def of(f, y=None):
@@ -482,8 +563,11 @@ def test_a_rule_on_lengths_that_is_one_of_speed_is_none(length):
 
     ds = xr.Dataset({"f": (("n", "of"), RNG.normal(size=(200, 5))), "y": ("n", np.ones(200))})
     fit = ds.aimz.from_posterior(of, ONES)
-    cut = ds.chunk(n=length).aimz.predict(fit)
-    xr.testing.assert_allclose(cut.compute(), ds.aimz.predict(fit).compute(), 1e-4, 1e-4)
+    if length == 3:
+        with pytest.raises(ModelError, match=r"not proven.*does other work|not proven.*the model"):
+            ds.chunk(n=length).aimz.predict(fit)
+    cut = ds.chunk(n=length).aimz.predict(fit, assume_independent="n").compute()
+    xr.testing.assert_allclose(cut, ds.aimz.predict(fit).compute(), 1e-4, 1e-4)
 
 
 def test_what_was_found_of_one_model_is_not_taken_for_anothers():
@@ -503,7 +587,7 @@ def test_sites_without_draws_get_values_of_their_support():
         with xr_aimz.plate("time"):
             scale = numpyro.sample("scale", dist.LogNormal(0, 1))
         with xr_aimz.plate("time"), xr_aimz.plate("lat"):
-            sd = scale + pooled * scale.mean()
+            sd = scale + pooled * scale.mean() if pooled else scale
             numpyro.sample("y", dist.Normal(shares[0] * x, sd), obs=y)
 
     posterior = {"shares": np.full((1, 3, 3), 1 / 3), "scale": np.ones((1, 3, 40))}
@@ -512,7 +596,9 @@ def test_sites_without_draws_get_values_of_their_support():
         inputs = gather(fit.binding, DS, outcomes=True)
         sites = ("scale", "y")
         program = Program(fit.model, fit.binding, fit.sites, inputs.dims, sites)
-        assert guard.coupled(guard.Case(program, inputs, {}, {}), {"time": 5}) == expected
+        found = guard.judge(guard.Case(program, inputs, {}, {}), {"time": 5})
+        assert found.coupled == expected
+        assert (found.obstacle is None) == (not expected)
 
 
 def on_blocks(of, length, n=48):
@@ -586,3 +672,93 @@ def test_a_coupling_of_dims_that_must_be_of_one_length_is_found():
             numpyro.sample("y", dist.Normal(slope() * x + other(x), 1.0), obs=y)
 
         assert verdict(of, dims, ds, variables={"other": other}) == dims
+
+
+def in_batches(location):
+    def of(x, z, y=None):
+        numpyro.sample("y", dist.Normal(location(slope(), x, z), 1.0), obs=y)
+
+    return of
+
+
+def scaled_prior(x, y=None):
+    b = numpyro.sample("b", dist.Normal(0, x.std()))
+    numpyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+
+def weighted(x, y=None):
+    b = slope()
+    numpyro.factor("weight", -(b * x).sum())
+    numpyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+
+BATCHED = {"method": "svi", "steps": 20, "batch": {"time": 10}, "progress": False}
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        in_batches(COUPLED["lag"][0]),
+        in_batches(lambda b, x, z: b * (x - x[:1])),
+        in_batches(lambda b, x, z: b * x / jnp.abs(x).max()),
+        in_batches(lambda b, x, z: b * jnp.where(jnp.any(x > 1e9), 2 * x, x)),
+        scaled_prior,
+        weighted,
+    ],
+)
+def test_a_model_that_couples_cells_is_not_fitted_in_batches(of):
+    with pytest.raises(ModelError, match="'time'"):
+        DS.aimz.fit(of, **BATCHED)
+    # Along another dimension, or whole, it may be.
+    if of not in (scaled_prior, weighted):
+        whole = {**BATCHED, "batch": {"time": 40}}
+        assert DS.aimz.fit(of, **whole).posterior.b.shape == (1, 1000)
+
+
+def test_batches_of_a_model_without_a_proof_need_it_said():
+    of = in_batches(lambda b, x, z: b * jnp.where(jnp.any(x > 1e9), 2 * x, x))
+    fit = DS.aimz.fit(of, **BATCHED, assume_independent="time")
+    assert fit.options["assume_independent"] == ["time"]
+    with pytest.raises(ModelError, match="couples cells along 'time'"):
+        DS.aimz.fit(
+            in_batches(COUPLED["mean along time"][0]), **BATCHED, assume_independent="time"
+        )
+    with pytest.raises(OptionError, match=r"assume_independent='time' goes with batch="):
+        DS.aimz.fit(of, method="svi", steps=20, assume_independent="time")
+    with pytest.raises(DimensionError, match=r"assume_independent='t'.*'time', 'lat'"):
+        DS.aimz.fit(of, **BATCHED, assume_independent="t")
+
+
+def test_callables_of_an_intervention_are_part_of_the_proof():
+    def of(x, y=None):
+        b = slope()
+        with xr_aimz.plate("time"), xr_aimz.plate("lat"):
+            middle = numpyro.sample("middle", dist.Normal(b * x, 1.0))
+            numpyro.sample("y", dist.Normal(middle, 1.0), obs=y)
+
+    fit = DS.aimz.from_posterior(of, {**ONES, "middle": np.ones((1, 3, *SHAPE))})
+    cut = DS.chunk(time=10)
+    assert cut.aimz.intervene(fit, {"middle": lambda v: 2 * v}).y.shape == (1, 3, *SHAPE)
+    with pytest.raises(ModelError, match=r"do={'middle'.*'time'.*reduce_sum.*assume_independent"):
+        cut.aimz.intervene(fit, {"middle": lambda v: v - v.mean(0)})
+    assumed = cut.aimz.intervene(
+        fit, {"middle": lambda v: jnp.where(jnp.any(v > 1e9), v, 0)}, assume_independent="time"
+    )
+    assert assumed.attrs["aimz_assume_independent"] == "time"
+    with pytest.raises(ModelError, match=r"contrast=.*'time'.*combines cells"):
+        cut.aimz.intervene(fit, {"x": 1.0}, contrast=lambda a, b: a - b.max())
+    # Along what is not cut, a callable may look.
+    assert cut.aimz.intervene(fit, {"middle": lambda v: v - v.mean(1, keepdims=True)}).y.ndim == 4
+
+
+def test_a_dimension_that_do_gives_an_argument_is_looked_at_too():
+    def of(level, x, y=None):
+        numpyro.sample("y", dist.Normal(slope() * x + level - level.mean(), 1.0), obs=y)
+
+    ds = DS.assign(level=2.0)
+    fit = ds.aimz.from_posterior(of, ONES)
+    cut = ds.chunk(lat=2)
+    assert cut.aimz.intervene(fit, {"level": 3.0}).y.shape == (1, 3, *SHAPE)
+    along_lat = xr.DataArray(np.arange(6.0), dims="lat", coords={"lat": DS.lat})
+    with pytest.raises(ModelError, match=r"along 'lat'"):
+        cut.aimz.intervene(fit, {"level": along_lat})

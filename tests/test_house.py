@@ -22,6 +22,12 @@ ROOMS = (
     "threefry",
     "cellwise",
     "keys",
+    "dataflow",
+    "fingerprint",
+    "axis_rules",
+    "index_rules",
+    "independence",
+    "index_bounds",
     "model",
     "binding",
     "inputs",
@@ -39,9 +45,6 @@ ROOMS = (
     "bound",
     "diagnostics",
     "probe",
-    "axiswise",
-    "pointwise",
-    "branches",
     "densities",
     "guard",
     "cell_diagnostics",
@@ -198,7 +201,7 @@ BLIND = (
 )
 NO_DEVICE = ("binding", "posterior", "effects")
 DEVICES = {"devices", "local_devices", "device_count", "local_device_count", "device_put"}
-LINES_A_FILE = 400
+CODE_LINES_A_FILE = 350
 LINES_A_FUNCTION = 40
 
 
@@ -292,10 +295,26 @@ def test_names_and_draws_never_see_a_device(room):
     assert not named & DEVICES
 
 
+def lines_of_code(room):
+    """The lines of a module that are neither blank nor comment nor docstring."""
+    text = SOURCES[room].read_text("utf8")
+    documented = set()
+    for node in ast.walk(TREES[room]):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if ast.get_docstring(node) is not None:
+                documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return sum(
+        bool(line.strip()) and not line.strip().startswith("#") and number not in documented
+        for number, line in enumerate(text.splitlines(), 1)
+    )
+
+
 @each_room
 def test_a_room_is_small(room):
-    lines = len(SOURCES[room].read_text("utf8").splitlines())
-    assert lines <= LINES_A_FILE, f"{room} has {lines} lines: what is its second idea?"
+    lines = lines_of_code(room)
+    assert lines <= CODE_LINES_A_FILE, (
+        f"{room} has {lines} lines of code: what is its second idea?"
+    )
 
 
 @each_room

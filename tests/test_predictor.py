@@ -416,11 +416,15 @@ def fixed(x, y=None):
     numpyro.sample("y", dist.Normal(b * x + jnp.arange(10.0) * 0, 1), obs=y)
 
 
-def test_a_model_of_one_size_is_answered_at_that_size(series):
+def test_a_model_of_one_size_is_answered_at_that_size_where_it_is_said_to_be_whole(series):
     ds = series.isel(site=0, drop=True)
-    fit = ds.aimz.fit(fixed, method="laplace", draws=400)
     table = ds.drop_vars("y").to_dataframe().reset_index()
+    fit = ds.aimz.fit(fixed, core_dim="time", method="laplace", draws=400)
     assert_answers(Predictor(fit).predict(table), expected(ds, fit, table), "y")
+    # It counts positions, and rows may come in pieces.
+    fit = ds.aimz.fit(fixed, method="laplace", draws=400)
+    with pytest.raises(errors.ModelError, match=r"not proven.*'time'.*core_dim='time'"):
+        Predictor(fit).predict(table)
 
 
 def spread(x, y=None):

@@ -121,6 +121,20 @@ class Binding:
         )
         return replace(self, arguments=bare)
 
+    def of_cell(self) -> Binding:
+        """The binding of one label of ``per``, whose arrays have no such dims."""
+        within = tuple(
+            replace(
+                a,
+                sources=tuple(
+                    replace(s, dims=tuple(d for d in s.dims if d not in self.per))
+                    for s in a.sources
+                ),
+            )
+            for a in self.arguments
+        )
+        return replace(self, arguments=within, per=())
+
 
 def find(ds: xr.Dataset, name: str, argument: str) -> xr.DataArray:
     """A variable or coordinate by name, or an error that lists what there is."""

@@ -169,10 +169,10 @@ def parameters_by_cell(fn: dist.Distribution, batch: Shape) -> list[Array]:
     _cell(fn, batch, (), found, set())
     cells = [jnp.reshape(p, (p.shape[0], -1)) for p in found]
     sums = [p @ jnp.sin(1.0 + jnp.arange(p.shape[1])) for p in cells]
-    shared = [leaf for leaf in jax.tree.leaves(fn) if jnp.size(leaf) == 1]
+    shared = [leaf for leaf in jax.tree.leaves(fn) if jnp.ndim(leaf) == 0]
     return [
         *(jnp.reshape(p, batch) for p in sums),
-        *(jnp.broadcast_to(jnp.reshape(leaf, ()), batch) for leaf in shared),
+        *(jnp.broadcast_to(leaf, batch) for leaf in shared),
     ]
 
 

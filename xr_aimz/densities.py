@@ -22,12 +22,12 @@ from numpyro.distributions.transforms import biject_to
 
 from xr_aimz.axes import dims_in_dataset, shape_in_model
 from xr_aimz.binding import block_of
-from xr_aimz.branches import deciding
 from xr_aimz.cellwise import parameters_by_cell
-from xr_aimz.device import digest
+from xr_aimz.dataflow import reaches
+from xr_aimz.fingerprint import program_fingerprint
+from xr_aimz.independence import Obstacle, find_obstacles
 from xr_aimz.kernel import Dims, Program, reading
 from xr_aimz.model import Site, tracing
-from xr_aimz.pointwise import proven
 from xr_aimz.probe import Probe
 
 __all__ = ["Evaluator", "in_64_bits"]
@@ -48,9 +48,9 @@ class Evaluator:
         self._traced: dict[tuple[int, ...], Any] = {}
         self._compiled: dict[tuple[int, ...], Any] = {}
 
-    def digest(self, probe: Probe) -> str:
-        """What the program for a probe is known by."""
-        return digest(self._trace(probe).jaxpr)
+    def fingerprint(self, probe: Probe) -> str:
+        """The name of the program for a probe."""
+        return program_fingerprint(self._trace(probe).jaxpr)
 
     def __call__(self, probe: Probe) -> dict[str, np.ndarray]:
         shape = tuple(probe.sizes.values())
@@ -59,24 +59,41 @@ class Evaluator:
         found = self._compiled[shape](*probe.values, self._params)
         return {name: np.asarray(value) for name, value in found.items()}
 
-    def proves(self, whole: Probe, part: Probe, dims: tuple[str, ...]) -> bool:
-        """Whether the traces of a whole and a part show that no cell sees another."""
-        wanted = []
+    def obstacles(
+        self, whole: Probe, block: Probe, dims: tuple[str, ...]
+    ) -> dict[str, Obstacle | None]:
+        """By site, what keeps its cells along the dims from being proven independent, if anything.
+
+        Read off the traces of a whole and of a block of it; nothing is computed.
+        """
+        wanted, joint = [], {}
         for name, struct in sorted(self._trace(whole).out_info.items()):
             along = dims_in_dataset(self.program.sites[name], self.program.binding)
             cells = along[: len(struct.shape) - 1]
-            # An event that spans the dim is one density of cells that belong together.
-            if set(along[len(cells) :]) & set(dims):
-                return False
+            spanned = [d for d in along[len(cells) :] if d in dims]
+            if spanned:
+                # An event that spans the dim is one density of cells that belong together.
+                joint[name] = Obstacle(f"site {name!r} is one event along {spanned[0]!r}")
             wanted.append((*(d if d in dims else None for d in cells), None))
         given = self._given(whole, dims)
-        return proven(self._trace(whole).jaxpr, self._trace(part).jaxpr, given, wanted)
+        traces = self._trace(whole).jaxpr, self._trace(block).jaxpr
+        found = find_obstacles(*traces, given, wanted)
+        return {**dict(zip(sorted(self._trace(whole).out_info), found, strict=True)), **joint}
 
-    def branches(self, probe: Probe, dims: tuple[str, ...]) -> tuple[str, ...]:
-        """The dims whose cells decide together which branch of a ``cond`` is taken."""
-        marks = [frozenset(d for d in own if d is not None) for own in self._given(probe, dims)]
-        found = deciding(self._trace(probe).jaxpr, marks)
-        return tuple(d for d in dims if d in found)
+    def sources(self, probe: Probe, sites: tuple[str, ...]) -> tuple[str, ...]:
+        """Those sites, and the drawn ones that they depend on through any others."""
+        closed = self._trace(probe).jaxpr
+        kinds = (probe.arrays, probe.latents, probe.noise)
+        labels = [frozenset[str]() for kind in kinds[:2] for _ in kind]
+        labels += [frozenset({name}) for name in sorted(probe.noise)]
+        labels += [frozenset()] * len(jax.tree.leaves(self._params))
+        names = sorted(self._trace(probe).out_info)
+        parents = dict(zip(names, reaches(closed, labels), strict=True))
+        found, front = dict.fromkeys(sites), set(sites)
+        while front:
+            front = set().union(*(parents[name] for name in front)) - set(found)
+            found |= dict.fromkeys(sorted(front))
+        return tuple(found)
 
     def _given(self, probe: Probe, dims: tuple[str, ...]) -> list[tuple[str | None, ...]]:
         """Of each argument of the traced program, the split dim of each axis."""

@@ -7,8 +7,6 @@ are kept by what they were made from, once per process; a task only ever calls o
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from math import prod
@@ -20,16 +18,18 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, PartitionSpec
 
 from xr_aimz.errors import DtypeError
+from xr_aimz.fingerprint import RecentlyUsed, program_fingerprint
 from xr_aimz.kernel import Call
 from xr_aimz.model import Block, tracing
 
-__all__ = ["device_dtype", "digest", "run", "to_device_dtype", "traced"]
+__all__ = ["device_dtype", "run", "to_device_dtype", "traced"]
 
-_compiled: dict[Any, Any] = {}
+# A program takes 55 to 220 of the 65 530 mappings of memory that Linux lets a process have
+# (normal and Poisson outcomes, jax 0.10; half of that with 0.12).
+_compiled = RecentlyUsed[Any](128)
 # The last traces, for a task of this process that compiles one: a model runs in Python each
 # time it is traced.
-_traces: dict[Any, Any] = {}
-_MOST_TRACES = 16
+_traces = RecentlyUsed[Any](16)
 # How many elements one step of the map over draws should have: measured on two cores, see
 # docs/decisions. Fewer leave XLA's threads idle, more do not fit the cache.
 _STEP_ELEMENTS = 2**18
@@ -42,26 +42,15 @@ _COMPILER = defaultdict[str, dict[str, Any]](dict, cpu={"xla_cpu_prefer_vector_w
 def traced(call: Call, block: Block, draw: Any, shared: Any) -> tuple[dict[str, Any], str]:
     """Shape and dtype of each output for one draw, and a name for the traced program.
 
-    Nothing is computed. The name is a digest of what the trace found, constants included,
+    Nothing is computed. The name is a fingerprint of what the trace found, constants included,
     so a model that was reloaded, or that reads a global which has changed, is another
     program.
     """
     with tracing(block):
         closed, outputs = jax.make_jaxpr(call, return_shape=True)(draw, shared)
-        name = digest(closed)
-        _traces[name, _avals((draw, shared))] = closed, outputs
-        if len(_traces) > _MOST_TRACES:
-            del _traces[next(iter(_traces))]
+        name = program_fingerprint(closed)
+        _traces.put((name, _avals((draw, shared))), (closed, outputs))
     return outputs, name
-
-
-def digest(jaxpr: Any) -> str:
-    """A name for a traced program: of what it does, and of the constants in it."""
-    # Functions inside a program print their address, which says nothing.
-    found = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(jaxpr)).encode())
-    for constant in jaxpr.consts:
-        found.update(np.asarray(constant).tobytes())
-    return found.hexdigest()
 
 
 def to_device_dtype(name: str, values: np.ndarray) -> np.ndarray:
@@ -122,11 +111,13 @@ def _compile(
 ) -> Any:
     with tracing(block):
         # Another thread may have compiled it while this one waited for the lock.
-        if key not in _compiled:
+        program = _compiled.get(key)
+        if program is None:
             mapped = _over_draws(key[0], make_call, draws, shared, devices)
-            program = jax.jit(mapped, compiler_options=_COMPILER[devices[0].platform])
-            _compiled[key] = program.lower(_structs(draws), _structs(shared)).compile()
-        return _compiled[key]
+            jitted = jax.jit(mapped, compiler_options=_COMPILER[devices[0].platform])
+            program = jitted.lower(_structs(draws), _structs(shared)).compile()
+            _compiled.put(key, program)
+        return program
 
 
 def _over_draws(

@@ -40,6 +40,7 @@ def intervene(
     seed: int = 0,
     new_labels: str = "raise",
     summary: Any = None,
+    assume_independent: str | Sequence[str] | None = None,
 ) -> xr.Dataset:
     """The effect of setting variables or sites, lazily, with paired draws.
 
@@ -69,9 +70,10 @@ def intervene(
         outcomes and deterministics that the intervention reaches.
     draws : int, optional
         Use this many draws of each chain, evenly spaced. By default all.
-    condition, new_labels, summary : optional
+    condition, new_labels, summary, assume_independent : optional
         As for :func:`predict`: outcomes that are known in some cells, labels that the fit
-        never saw, statistics over chains and draws in place of these.
+        never saw, statistics over chains and draws in place of these, dimensions along which
+        no cell depends on another. Callables in ``do`` and ``contrast`` are part of the model.
     seed : int
         As for :func:`predict`: the same seed, the same noise.
 
@@ -117,6 +119,7 @@ def intervene(
         seed=seed,
         new_labels=new_labels,
         summary=summary,
+        assume_independent=assume_independent,
     )
     check_draws(fit.posterior, fit.sites, fit.binding)
     wanted = asked(ds, fit, question)

@@ -15,17 +15,26 @@ from typing import Any
 import jax
 import numpy as np
 import xarray as xr
-from numpyro.ops.provenance import eval_provenance
 
 from xr_aimz import keys
 from xr_aimz.axes import dims_in_dataset, shape_in_model
 from xr_aimz.binding import block_of
 from xr_aimz.blocks import Factory, Task, lazy_sites
 from xr_aimz.cell_results import in_cells
+from xr_aimz.dataflow import dependencies
 from xr_aimz.device import device_dtype, to_device_dtype, traced
 from xr_aimz.drawn_from import Drawing
 from xr_aimz.errors import ModelError
-from xr_aimz.guard import Case, coupled, coupled_at_any_length, refuse
+from xr_aimz.guard import (
+    Case,
+    Verdict,
+    function_obstacle,
+    judge,
+    judge_at_any_length,
+    raise_if_coupled,
+    raise_not_cellwise,
+    site_layout,
+)
 from xr_aimz.holes import may_have_holes, without_holes
 from xr_aimz.inputs import Inputs
 from xr_aimz.interventions import Intervention
@@ -57,6 +66,7 @@ class Evaluation:
     seed: int
     statistics: tuple[Statistic, ...] = ()
     under: Intervention | None = None
+    assumed: tuple[str, ...] = ()
 
     @cached_property
     def program(self) -> Program:
@@ -102,7 +112,7 @@ class Evaluation:
         if not per:
             return self
         first = dict.fromkeys(per, 0)
-        fit = replace(self.fit, binding=replace(self.fit.binding, per=()))
+        fit = replace(self.fit, binding=self.fit.binding.of_cell())
         posterior = self.posterior.isel(first, drop=True, missing_dims="ignore")
         return replace(self, fit=fit, inputs=self.inputs.of_cell(per), posterior=posterior)
 
@@ -174,7 +184,7 @@ class Evaluation:
         words = {d: np.zeros(w.shape, np.uint32) for d, w in shared["words"].items()}
         rest = {"words": words, "params": shared["params"]}
         with tracing(block_of(self.fit.binding, sizes)):
-            found = eval_provenance(value, **named)
+            found = dependencies(value, named)
         return {str(n).removeprefix("array ") for n in found}
 
 
@@ -193,7 +203,11 @@ def check_split_along(wanted: Evaluation, cut: Plan, dims: Iterable[str]) -> Non
     """
     halved = replace(cut, chunks={**cut.chunks, **dict.fromkeys(dims, (1, 1))})
     _check_cut(wanted, halved)
-    _check_coupling(wanted, halved, coupled_at_any_length)
+    _check_independent(wanted, halved, _judged_at_any_length)
+
+
+def _judged_at_any_length(case: Case, blocks: Mapping[str, int], assumed: Any) -> Verdict:
+    return judge_at_any_length(case, tuple(blocks), assumed)
 
 
 def evaluate(wanted: Evaluation) -> xr.Dataset:
@@ -209,9 +223,13 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
     planned = plan_cells if wanted.statistics else plan
     cut = planned(binding, inputs, wanted.shape, weight, get_options()["block_bytes"])
     _check_cut(wanted, cut)
-    _check_coupling(wanted, cut)
     padded = wanted.padded(cut)
     if any(padded[d] != inputs.sizes[d] for d in padded):
+        # First, for here a model says by itself what it finds wrong with a block.
+        structs, name = wanted.traced({**inputs.sizes, **padded})
+    verdict = _check_independent(wanted, cut, judge)
+    if verdict.least > min(padded.values(), default=verdict.least):
+        padded = {d: max(n, min(verdict.least, inputs.sizes[d])) for d, n in padded.items()}
         structs, name = wanted.traced({**inputs.sizes, **padded})
     outputs = {
         site: (wanted.dims(site)[: len(struct.shape)], struct) for site, struct in structs.items()
@@ -312,21 +330,50 @@ def _check_cut(wanted: Evaluation, cut: Plan) -> None:
                 )
 
 
-def _check_coupling(wanted: Evaluation, cut: Plan, look: Callable = coupled) -> None:
+def _check_independent(wanted: Evaluation, cut: Plan, judged: Callable[..., Verdict]) -> Verdict:
     """The model, as one cell of a fit with ``per`` sees it, needs no block but its own."""
-    fit, per = wanted.fit, wanted.fit.binding.per
-    pieces = [d for d in wanted.fit.binding.dims if len(cut.chunks[d]) > 1]
-    if not pieces:
+    blocks = {d: cut.largest(d) for d in wanted.fit.binding.dims if len(cut.chunks[d]) > 1}
+    if not blocks:
+        return Verdict()
+    case = _case(wanted)
+    verdict = judged(case, blocks, wanted.assumed)
+    needed = {d: n for d, n in blocks.items() if d not in wanted.assumed}
+    raise_if_coupled(verdict, case.program.returns, needed)
+    _check_functions(wanted, case.program, needed)
+    return verdict
+
+
+def _check_functions(wanted: Evaluation, program: Program, blocks: Mapping[str, int]) -> None:
+    """What callables of the caller's make of a site's values, they make cell by cell."""
+    if wanted.under is None or not blocks:
         return
-    seen = {str(n): a for ds in (fit.constant_data, fit.observed_data) for n, a in ds.items()}
+    worlds, sites, sizes = wanted.under.worlds, wanted.fit.sites, wanted.inputs.sizes
+    layout = partial(site_layout, program, whole=sizes, block={**sizes, **blocks}, dims=blocks)
+    for change in worlds.sites:
+        for function in change.functions:
+            obstacle = function_obstacle(function, [layout(sites[change.target])])
+            if obstacle is not None:
+                raise_not_cellwise(f"do={{{change.target!r}: ...}}", obstacle, blocks)
+    if worlds.contrast is not None:
+        for name in program.returns:
+            obstacle = function_obstacle(worlds.contrast, [layout(sites[name])] * 2)
+            if obstacle is not None:
+                raise_not_cellwise(f"contrast={worlds.contrast!r}", obstacle, blocks)
+
+
+def _case(wanted: Evaluation) -> Case:
+    """The model of one cell of ``per``, with what ``do`` makes of its arguments."""
+    fit, per = wanted.fit, wanted.fit.binding.per
     first = dict.fromkeys(per, 0)
+    seen = {str(n): a for ds in (fit.constant_data, fit.observed_data) for n, a in ds.items()}
     latents, seen = (
         {n: a.isel(first, drop=True, missing_dims="ignore") for n, a in arrays.items()}
         for arrays in (wanted.latents, seen)
     )
-    inputs = wanted.inputs.of_cell(per)
-    cell = replace(fit.binding.without_data(), per=())
+    inputs = wanted.inputs
+    if wanted.under is not None:
+        inputs = wanted.under.with_dims_of_values(inputs, fit.binding)
+    inputs = inputs.of_cell(per)
+    cell = fit.binding.without_data().of_cell()
     program = replace(wanted.program, binding=cell, dims=inputs.dims, worlds=None)
-    blocks = {d: cut.largest(d) for d in pieces}
-    case = Case(program, inputs, latents, fit.params, seen)
-    refuse(case, look(case, blocks))
+    return Case(program, inputs, latents, fit.params, seen)

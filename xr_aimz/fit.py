@@ -7,7 +7,7 @@ the first array is loaded.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,19 +18,23 @@ import jax.numpy as jnp
 import xarray as xr
 
 from xr_aimz.assembly import assemble, concerns_of, labelled, labelled_draws, wanted
+from xr_aimz.axes import dims_in_dataset
 from xr_aimz.batches import batch_sizes
 from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.bound import Bound, bind
-from xr_aimz.device import to_device_dtype
-from xr_aimz.errors import ConvergenceWarning, OptionError
+from xr_aimz.device import device_dtype, to_device_dtype
+from xr_aimz.errors import ConvergenceWarning, DimensionError, ModelError, OptionError
 from xr_aimz.gaps import cells_with_gaps, sample_with_gaps
+from xr_aimz.guard import Case, judge, raise_if_coupled
 from xr_aimz.infer.cells import CellMethod
 from xr_aimz.infer.methods import cell_inference, inference
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.infer.retarget import on_model
 from xr_aimz.inputs import Inputs
+from xr_aimz.kernel import Program
 from xr_aimz.memory import check_fits
 from xr_aimz.missing import masked, prepare
+from xr_aimz.model import factor_inputs
 from xr_aimz.options import shows_progress
 from xr_aimz.per_cell import Memory, Shelf, fit_cells, plan_cells
 from xr_aimz.posterior import Fit
@@ -64,6 +68,7 @@ def fit(
     checkpoint: str | Path | None = None,
     init: Any = None,
     seed: int = 0,
+    assume_independent: str | tuple[str, ...] | None = None,
     store: str | Path | None = None,
     progress: bool | None = None,
 ) -> Fit:
@@ -138,6 +143,10 @@ def fit(
         ``batch`` also a Fit, which is continued exactly. The rate of an optimizer of our
         own depends on ``steps``: give a Fit that is to be continued one of the caller's.
     seed : int
+    assume_independent : str or tuple of str, optional
+        With ``batch``: batched dimensions along which the caller vouches that no cell depends on
+        another. A model whose independence along them is not proven is refused without; one
+        whose values show a coupling is refused all the same.
     store : path, optional
         With ``per``: a Zarr store to which draws are written block by block, for a posterior
         larger than memory; ``fit.posterior`` is then lazy. The same call on a store that was
@@ -201,17 +210,76 @@ def fit(
             raise OptionError(f"store={str(store)!r} goes with per=; other fits are in memory")
         by = partial(inference, asked=asked, seed=seed, progress=shows_progress(progress))
         infer = by(model, method)
-        found = _fit_whole(bound_to(), method, by, infer, batch)
+        bound = bound_to()
+        asked |= _check_batches(bound, batch, assume_independent)
+        found = _fit_whole(bound, method, by, infer, streamed=batch is not None)
         return told(_looked_at(_recorded(found, method, asked, seed)))
 
 
+def _check_batches(bound: Bound, batch: Any, assume_independent: Any) -> dict[str, Any]:
+    """Refuse a model whose density of a batch depends on the observations that are not in it.
+
+    Returns what is assumed, as an option of the fit.
+    """
+    dims = assume_independent
+    assumed = (dims,) if isinstance(dims, str) else tuple(dims or ())
+    binding, inputs = bound.binding, bound.inputs
+    if batch is None and assumed:
+        raise OptionError(
+            f"assume_independent={dims!r} goes with batch=; other fits see all of the data"
+        )
+    if strange := [d for d in assumed if d not in binding.dims]:
+        raise DimensionError(
+            f"assume_independent={dims!r}: {strange!r} is not among the observation dimensions "
+            f"{binding.dims!r}"
+        )
+    sizes = {} if batch is None else batch_sizes(batch, binding, inputs)
+    blocks = {d: n for d, n in sizes.items() if n < inputs.sizes[d]}
+    if blocks:
+        drawn = tuple(n for n, s in bound.sites.items() if s.kind in ("latent", "observed"))
+        program = Program(bound.model, binding.without_data(), bound.sites, inputs.dims, drawn)
+        verdict = judge(Case(program, inputs, {}, {}), blocks, assumed)
+        raise_if_coupled(verdict, drawn, [d for d in blocks if d not in assumed])
+        _check_factors(bound, blocks)
+    return {"assume_independent": assumed} if assumed else {}
+
+
+def _check_factors(bound: Bound, dims: Collection[str]) -> None:
+    """Refuse factors made from observations, which would count once for each of their batches."""
+    binding, inputs = bound.binding, bound.inputs
+    block = block_of(binding, inputs.sizes)
+    arrays = {
+        key: jax.ShapeDtypeStruct(a.shape, device_dtype(a.dtype))
+        for key, a in inputs.arrays.items()
+    }
+    latents = {
+        n: jax.ShapeDtypeStruct(s.shape, s.dtype)
+        for n, s in bound.sites.items()
+        if s.kind == "latent" and not s.scanned
+    }
+    along = {key: set(inputs.dims[key]) for key in arrays}
+    along |= {name: set(dims_in_dataset(bound.sites[name], binding)) for name in latents}
+    arranged = partial(arrange, binding, dims=inputs.dims, block=block)
+    for name, sources in factor_inputs(bound.model, arranged, arrays, latents, block).items():
+        cut = sorted(source for source in sources if along[source] & set(dims))
+        if cut:
+            raise ModelError(
+                f"numpyro.factor({name!r}, ...) is computed from {cut!r}, which are cut into "
+                f"batches along {sorted(dims)!r}: nothing tells how often a batch's part of it "
+                "counts. Write it as the density of an observed site, or leave batch= out"
+            )
+
+
 def _fit_whole(
-    bound: Bound, method: Any, by: Callable[[Callable, Any], Infer], infer: Infer, batch: Any
+    bound: Bound,
+    method: Any,
+    by: Callable[[Callable, Any], Infer],
+    infer: Infer,
+    *,
+    streamed: bool,
 ) -> Fit:
     """One fit of all the data, ``by`` a method on a model: a masked one where data are missing."""
-    if batch is not None:
-        batch_sizes(batch, bound.binding, bound.inputs)
-    problem, arrays = problem_of(bound, streamed=batch is not None)
+    problem, arrays = problem_of(bound, streamed=streamed)
     if problem.model is not bound.model:
         infer = by(problem.model, for_masked(method, bound, problem.model))
     return labelled(bound, infer(problem), arrays)

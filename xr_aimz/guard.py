@@ -1,24 +1,24 @@
-"""Whether a model couples cells along dimensions that are going to be split.
+"""Whether the cells of a block can be computed without those of other blocks.
 
-A block is computed without its neighbours, so a model that looks at them (a running sum,
-``x - x.mean()``, a lag, a position counted from the block's start) gives another answer in
-every block. It is found out on a small probe, evaluated whole and in halves. Every site is
-given a value, so nothing is drawn; then its log density has to be the same cell by cell, and
-so has the value of a deterministic. A site's value need not be likely for that: densities of
-one family that agree at an arbitrary point in every cell are the same. Where they say nothing
-there, the parameters are compared. Where cells together choose the branch of a ``cond``, it is
-a coupling whatever they say (:mod:`xr_aimz.branches`). All is done in 64 bits, where rounding
-is far below any effect. Most models need not be evaluated for it: that their cells are
-independent is read off the two traces (:mod:`xr_aimz.pointwise`), which is much less work than
-compiling them.
+A model that looks at other cells (a running sum, ``x - x.mean()``, a lag, a position counted
+from the block's start) gives another answer in every block. It is let through where its
+independence is proven from two traces, of the Dataset and of a block
+(:mod:`xr_aimz.independence`). Where it is not, the model is evaluated on small probes, whole and
+in pieces: a difference shows a coupling, which is always refused. No difference proves nothing,
+so such a model is refused as well, unless the caller says that its cells are independent.
+
+Every site is given a value, so nothing is drawn; then its log density has to be the same cell by
+cell, and so has the value of a deterministic. A site's value need not be likely for that:
+densities of one family that agree at an arbitrary point in every cell are the same. Where they
+say nothing there, the parameters are compared. Probes are evaluated in 64 bits, where rounding is
+far below any effect.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -26,15 +26,51 @@ import jax
 import numpy as np
 import xarray as xr
 
+from xr_aimz.axes import TABLE, shape_in_model
+from xr_aimz.axis_rules import FlattenedAxes, Tags
 from xr_aimz.densities import Evaluator, in_64_bits
 from xr_aimz.errors import ModelError
+from xr_aimz.fingerprint import RecentlyUsed
+from xr_aimz.independence import Obstacle, find_obstacles
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Program
+from xr_aimz.model import Site
 from xr_aimz.probe import Probe, affordable, outline, probe_shapes, probes
 
-__all__ = ["Case", "coupled", "coupled_at_any_length", "refuse"]
+__all__ = [
+    "Case",
+    "Verdict",
+    "function_obstacle",
+    "judge",
+    "judge_at_any_length",
+    "raise_if_coupled",
+    "raise_not_cellwise",
+    "site_layout",
+]
 
-_verdicts: dict[Any, tuple[str, ...] | None] = {}
+Pieces = Mapping[str, slice]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a model's cells along the dims that are going to be cut.
+
+    Parameters
+    ----------
+    obstacle : Obstacle, optional
+        What kept them from being proven independent; None where they are.
+    coupled : tuple of str
+        The dims along which values showed a coupling.
+    least : int
+        How long a block must be along each dim for the proof to hold.
+    """
+
+    obstacle: Obstacle | None = None
+    coupled: tuple[str, ...] = ()
+    least: int = 1
+
+
+_couplings = RecentlyUsed[tuple[str, ...]](512)
 
 
 @dataclass(frozen=True)
@@ -70,151 +106,174 @@ class Case:
         return affordable(self.program, self.inputs, sizes)
 
 
-def refuse(case: Case, dims: tuple[str, ...] | None) -> None:
-    """Refuse a model that couples cells along dims that are going to be split.
+def raise_if_coupled(verdict: Verdict, sites: Collection[str], dims: Collection[str]) -> None:
+    """Refuse a model whose cells along some dims are coupled, or not proven independent.
+
+    Parameters
+    ----------
+    verdict : Verdict
+    sites : collection of str
+        Those that are returned.
+    dims : collection of str
+        Those that are going to be cut and need a proof.
 
     Raises
     ------
     ModelError
-        With the dimensions and the remedies, if there are any.
+        With the dimensions and the remedies.
     """
-    if not dims:
-        return
-    shown = dims[0] if len(dims) == 1 else dims
+    names = sorted(sites)
+    if verdict.coupled:
+        shown = _shown(verdict.coupled)
+        because = "" if verdict.obstacle is None else f" ({verdict.obstacle})"
+        raise ModelError(
+            f"the model couples cells along {shown}, which is cut into blocks{because}: a block "
+            f"of {names!r} would come out otherwise than in the whole, as by a lag, a running "
+            "sum, a mean, a count of positions, a rule on lengths or a branch that many cells "
+            f"decide. Keep the dimension whole, core_dim={shown} at the fit, or compute what "
+            "looks along it beforehand, as a variable of the Dataset"
+        )
+    if verdict.obstacle is not None:
+        shown = _shown(dims)
+        raise ModelError(
+            f"it is not proven that the model computes {names!r} cell by cell along {shown}, "
+            f"which is cut into blocks: {verdict.obstacle}. Keep the dimension whole, "
+            f"core_dim={shown} at the fit; or, if you know that no cell depends on another "
+            f"along it, say so: assume_independent={shown}"
+        )
+
+
+def raise_not_cellwise(what: str, obstacle: Obstacle, dims: Collection[str]) -> None:
+    """Refuse a callable that may combine cells along dims that are going to be cut.
+
+    Raises
+    ------
+    ModelError
+    """
+    shown = _shown(dims)
     raise ModelError(
-        f"the model couples cells along {shown!r}, which is cut into blocks: a block of "
-        f"{list(case.program.returns)!r} would come out otherwise than in the whole, as by a lag, "
-        "a running sum, a mean, a count of positions, a rule on lengths or a cond that many cells "
-        f"decide. Keep the dimension whole, core_dim={shown!r} at the fit, or compute what looks "
-        "along it beforehand, as a variable of the Dataset"
+        f"{what}: it is not proven that the callable works cell by cell along {shown}, which "
+        f"is cut into blocks: {obstacle}. Compute what looks along it beforehand, as a "
+        "DataArray; or, if you know that no cell depends on another, say so: "
+        f"assume_independent={shown}"
     )
 
 
-def coupled(case: Case, blocks: Mapping[str, int]) -> tuple[str, ...] | None:
-    """The dims, of those that are going to be split, along which a model couples cells.
+def _shown(dims: Collection[str]) -> str:
+    names = tuple(dims)
+    return repr(names[0] if len(names) == 1 else names)
+
+
+def judge(case: Case, blocks: Mapping[str, int], assumed: Collection[str] = ()) -> Verdict:
+    """
+    Judge whether a model's cells can be computed in blocks of some lengths.
 
     Parameters
     ----------
     case : Case
     blocks : mapping of dim to int
-        The dims that are going to be split, and how long a block is along each.
+        The dims that are going to be cut, and how long a block is along each.
+    assumed : collection of str
+        Dims of these that need no proof. Values that show a coupling along them still count.
 
     Returns
     -------
-    tuple of str or None
-        Empty for a model whose cells are independent along each dim. None for one that cannot
-        be judged, because it runs neither on a probe nor on two blocks: sizes are written into
-        it.
+    Verdict
     """
     if not blocks:
-        return ()
+        return Verdict()
     # As the model is going to be run: a proof has no use for more bits.
-    direct = _first([blocks], (False,), partial(_direct, case))
-    if direct is None:
-        return coupled_at_any_length(case, blocks)
-    if direct.proven:
-        return ()
+    obstacle, name = _read_traces(case, blocks)
+    if obstacle is None:
+        return Verdict()
+    # In a block of one, what each cell has of its own can look like what all share.
+    wider = {d: max(n, 2) for d, n in blocks.items()}
+    if wider != blocks and _read_traces(case, wider)[0] is None:
+        return Verdict(least=2)
     # Whatever else differs, two models of which these traces are equal are one.
-    key = (direct.digest, tuple(blocks.items()))
-    if key not in _verdicts:
-        found = _search(case, blocks)
-        if found is not None and found.proven:
-            # Proven for some lengths, and not for those that matter: they go by a rule on
-            # lengths, which may be one of what is faster.
-            shown = _first([blocks], (True, False), partial(_at_own_lengths, case))
-            found = shown or _Verdict(tuple(blocks))
-        _verdicts[key] = None if found is None else found.dims
-    return _verdicts[key]
+    key = (name, tuple(blocks.items()))
+    coupled = _couplings.get(key) if name else None
+    if coupled is None:
+        coupled = _couplings.put(key, _coupled_dims(case, wider))
+    needed = {d: n for d, n in blocks.items() if d not in assumed}
+    if needed != blocks:
+        obstacle = _read_traces(case, needed)[0] if needed else None
+    return Verdict(obstacle, coupled)
 
 
-def coupled_at_any_length(case: Case, blocks: Mapping[str, int]) -> tuple[str, ...] | None:
-    """As :func:`coupled`, of Datasets whose lengths are not known yet."""
-    found = _search(case, blocks)
-    return None if found is None else found.dims
+def judge_at_any_length(
+    case: Case, dims: tuple[str, ...], assumed: Collection[str] = ()
+) -> Verdict:
+    """As :func:`judge`, of Datasets whose lengths are not known yet: on those of a probe."""
+    verdict = Verdict(Obstacle("it runs on no small Dataset: sizes are written into it"))
+    for sizes in probe_shapes(case.program, case.inputs, dims):
+        blocks = {d: sizes[d] // 2 for d in dims}
+        inputs = replace(case.inputs, sizes={**case.inputs.sizes, **sizes})
+        verdict = judge(replace(case, inputs=inputs), blocks, assumed)
+        if verdict == Verdict():
+            return verdict
+    return verdict
 
 
 @dataclass(frozen=True)
-class _Verdict:
-    """The dims along which cells are coupled, and whether two traces were enough to say so."""
+class Layout:
+    """A site's values in the whole and in a block: shapes, dtype, split dim of each axis."""
 
-    dims: tuple[str, ...]
-    proven: bool = False
-    digest: str = ""
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    dtype: Any
+    tags: Tags
 
 
-def _direct(case: Case, blocks: Mapping[str, int]) -> _Verdict | None:
-    """Whether two traces, of all the Dataset and of one block, show cells made by themselves."""
-    sizes, part = case.inputs.sizes, _parts(blocks)
-    if any(n >= sizes[d] for d, n in part.items()):
-        return None
-    whole, block = case.outline(sizes), case.outline({**sizes, **part})
+def site_layout(
+    program: Program,
+    site: Site,
+    *,
+    whole: Mapping[str, int],
+    block: Mapping[str, int],
+    dims: Collection[str],
+) -> Layout:
+    """How a site's values lie in the model, on Datasets of those sizes, ``dims`` being cut."""
+    own = program.binding.dims
+    shapes = (
+        shape_in_model(site, program.binding, whole),
+        shape_in_model(site, program.binding, block),
+    )
+    row = FlattenedAxes(tuple((d if d in dims else None, whole[d], block[d]) for d in own))
+    of_row = row.axes[0][0] if len(own) == 1 else row
+    tags = tuple(of_row if d == TABLE else d if d in dims else None for d in site.dims)
+    return Layout(shapes, site.dtype, tags)
+
+
+def function_obstacle(function: Callable, layouts: Sequence[Layout]) -> Obstacle | None:
+    """What keeps a function of arrays from being proven to work cell by cell, if anything."""
+    traces = [
+        jax.make_jaxpr(function)(
+            *(jax.ShapeDtypeStruct(layout.shapes[i], layout.dtype) for layout in layouts)
+        )
+        for i in (0, 1)
+    ]
+    tags = [layout.tags for layout in layouts]
+    return find_obstacles(*traces, tags, tags[:1])[0]
+
+
+def _read_traces(case: Case, blocks: Mapping[str, int]) -> tuple[Obstacle | None, str]:
+    """What keeps two traces, of all the Dataset and of one block, from being a proof.
+
+    And the name of both, empty where the model does not run on one of them.
+    """
+    sizes = case.inputs.sizes
+    # A block that is padded may be as long as the Dataset: then any longer one serves.
+    longer = {d: max(sizes[d], n + 1) for d, n in blocks.items()}
+    whole, block = case.outline({**sizes, **longer}), case.outline({**sizes, **blocks})
     evaluate = Evaluator(_with_all_drawn(case.program, whole), case.params)
-    if evaluate.proves(whole, block, tuple(blocks)):
-        return _Verdict((), proven=True)
-    return _Verdict((), digest=evaluate.digest(whole) + evaluate.digest(block))
-
-
-def _parts(blocks: Mapping[str, int]) -> dict[str, int]:
-    # In a block of one, what each cell has of its own looks like what all share.
-    return {d: max(n, 2) for d, n in blocks.items()}
-
-
-def _search(case: Case, blocks: Mapping[str, int]) -> _Verdict | None:
-    """The dims along which a model that is not proven couples cells."""
-    dims = tuple(blocks)
-    look = partial(_look, case, dims)
-    found = _first(probe_shapes(case.program, case.inputs, dims), (True, False), look)
-    if found is None or found.proven:
-        # What a model does with lengths it may do with a block's alone: months make whole years
-        # in a block and not in a probe, and the lesser of 30 and a length is 30 in any probe.
-        two = {**case.inputs.sizes, **{d: 2 * n for d, n in _parts(blocks).items()}}
-        found = _first([two], (True, False), look) or found
-    return found
-
-
-def _at_own_lengths(case: Case, blocks: Mapping[str, int]) -> _Verdict:
-    """What values show of the Dataset's own lengths against blocks at its ends."""
-    dims = tuple(blocks)
-    if not case.affords(case.inputs.sizes):
-        return _Verdict(dims)
-    tried = case.probes(case.inputs.sizes)
-    evaluate = Evaluator(_with_sources(case, tried[0]), case.params)
-    couples = any(evaluate.differs(p, evaluate(p), p.ends(_parts(blocks))) for p in tried)
-    return _Verdict(dims if couples else ())
-
-
-def _first(
-    shapes: Iterable[Mapping[str, int]],
-    widths: Sequence[bool],
-    look: Callable[[Mapping[str, int]], _Verdict | None],
-) -> _Verdict | None:
-    """What is found on the first of these shapes on which the model runs, wide or not."""
-    for sizes, wide in product(shapes, widths):
-        with jax.enable_x64(wide or in_64_bits()), warnings.catch_warnings():
-            # What a model warns of, it warns of where it is used.
-            warnings.simplefilter("ignore")
-            try:
-                found = look(sizes)
-            except Exception:
-                # Whatever a model may raise on sizes and dtypes that it was not made for.
-                continue
-        if found is not None:
-            return found
-    return None
-
-
-def _look(case: Case, dims: tuple[str, ...], sizes: Mapping[str, int]) -> _Verdict | None:
-    """A proof; or else what values show, where a probe of them is not too large."""
-    shape = case.outline(sizes)
-    evaluate = Evaluator(_with_all_drawn(case.program, shape), case.params)
-    if evaluate.proves(shape, shape.part(next(shape.halves(dims))), dims):
-        return _Verdict((), proven=True)
-    if not case.affords(sizes):
-        return None
-    tried = case.probes(sizes)
-    evaluate = Evaluator(_with_sources(case, tried[0]), case.params)
-    along = {*_judged(evaluate, tried, dims), *evaluate.branches(tried[0], dims)}
-    return _Verdict(tuple(d for d in dims if d in along))
+    try:
+        obstacles = evaluate.obstacles(whole, block, tuple(blocks))
+        name = evaluate.fingerprint(whole) + evaluate.fingerprint(block)
+        matter = evaluate.sources(whole, case.program.returns)
+    except Exception as error:
+        # Whatever a model may raise on the shapes of a block.
+        return Obstacle(f"on one of its blocks it raises {type(error).__name__}: {error}"), ""
+    return next((obstacles[n] for n in matter if obstacles[n] is not None), None), name
 
 
 def _with_all_drawn(program: Program, probe: Probe) -> Program:
@@ -223,37 +282,69 @@ def _with_all_drawn(program: Program, probe: Probe) -> Program:
     return replace(program, returns=(*program.returns, *hidden))
 
 
-def _with_sources(case: Case, probe: Probe) -> Program:
-    """The program, with those drawn sites among its ``returns`` that its returns depend on."""
-    program = case.program
-    hidden = [name for name in probe.noise if name not in program.returns]
-    if not hidden:
-        return program
-    evaluate = Evaluator(program, case.params)
-    before, matters = evaluate(probe), []
-    for name in hidden:
-        dims, values = probe.noise[name]
-        after = evaluate(replace(probe, noise={**probe.noise, name: (dims, -values)}))
-        if any(not np.array_equal(before[n], after[n], equal_nan=True) for n in before):
-            matters.append(name)
-    return replace(program, returns=(*program.returns, *matters))
+def _coupled_dims(case: Case, blocks: Mapping[str, int]) -> tuple[str, ...]:
+    """The dims along which values differ between a whole and its pieces."""
+    dims = tuple(blocks)
+
+    def halves(probe: Probe, along: tuple[str, ...]) -> Iterator[Pieces]:
+        return probe.halves(along)
+
+    def ends(probe: Probe, along: tuple[str, ...]) -> Iterator[Pieces]:
+        return probe.ends({d: blocks[d] for d in along})
+
+    # What a model does with lengths it may do with a block's alone: months make whole years in a
+    # block and not in a probe, and the lesser of 30 and a length is 30 in any probe.
+    two = {**case.inputs.sizes, **{d: 2 * n for d, n in blocks.items()}}
+    attempts: tuple[tuple[Iterable[Mapping[str, int]], Any], ...] = (
+        (probe_shapes(case.program, case.inputs, dims), halves),
+        ((two,), halves),
+        ((case.inputs.sizes,), ends),
+    )
+    # Pieces at both ends of a Dataset that is no longer than they are would be the whole.
+    attempts = attempts if _is_longer(case, blocks) else attempts[:2]
+    for shapes, pieces in attempts:
+        found = _first_that_runs(case, shapes, pieces, dims)
+        if found:
+            return found
+    return ()
 
 
-def _judged(evaluate: Evaluator, tried: tuple[Probe, ...], dims: tuple[str, ...]) -> Any:
-    half = tried[0].part(next(tried[0].halves(dims)))
-    key = (evaluate.digest(tried[0]), evaluate.digest(half), dims)
-    if key not in _verdicts:
-        wholes = [(probe, evaluate(probe)) for probe in tried]
-        best = max(_finite(whole) for _, whole in wholes)
-        told = [(probe, whole) for probe, whole in wholes if _finite(whole) == best]
+def _is_longer(case: Case, blocks: Mapping[str, int]) -> bool:
+    return all(case.inputs.sizes[d] > n for d, n in blocks.items())
 
-        def differ(along: tuple[str, ...]) -> bool:
-            return any(evaluate.differs(p, whole, p.halves(along)) for p, whole in told)
 
-        found = dims if differ(dims) else ()
-        # Each dim by itself costs another compilation, and only a refusal needs to know.
-        _verdicts[key] = tuple(d for d in found if _alone(differ, d)) or found
-    return _verdicts[key]
+def _first_that_runs(
+    case: Case, shapes: Iterable[Mapping[str, int]], pieces: Any, dims: tuple[str, ...]
+) -> tuple[str, ...]:
+    """What values show on the first of these shapes on which the model runs."""
+    for sizes, wide in product(shapes, (True, False)):
+        if not case.affords(sizes):
+            continue
+        with jax.enable_x64(wide or in_64_bits()), warnings.catch_warnings():
+            # What a model warns of, it warns of where it is used.
+            warnings.simplefilter("ignore")
+            try:
+                return _differing_dims(case, case.probes(sizes), pieces, dims)
+            except Exception:
+                # Whatever a model may raise on sizes and dtypes that it was not made for.
+                continue
+    return ()
+
+
+def _differing_dims(
+    case: Case, tried: tuple[Probe, ...], pieces: Any, dims: tuple[str, ...]
+) -> tuple[str, ...]:
+    evaluate = Evaluator(_with_sources(case, tried[0]), case.params)
+    wholes = [(probe, evaluate(probe)) for probe in tried]
+    best = max(_finite(whole) for _, whole in wholes)
+    telling = [(probe, whole) for probe, whole in wholes if _finite(whole) == best]
+
+    def differ(along: tuple[str, ...]) -> bool:
+        return any(evaluate.differs(p, whole, pieces(p, along)) for p, whole in telling)
+
+    found = dims if differ(dims) else ()
+    # Each dim by itself costs another compilation, and only a refusal needs to know.
+    return tuple(d for d in found if _alone(differ, d)) or found
 
 
 def _alone(differ: Callable[[tuple[str, ...]], bool], dim: str) -> bool:
@@ -263,6 +354,12 @@ def _alone(differ: Callable[[tuple[str, ...]], bool], dim: str) -> bool:
     except Exception:
         # A model of two equal lengths raises whatever it may on half of one; both are named then.
         return False
+
+
+def _with_sources(case: Case, probe: Probe) -> Program:
+    """The program, with those drawn sites among its ``returns`` that its returns depend on."""
+    evaluate = Evaluator(_with_all_drawn(case.program, probe), case.params)
+    return replace(case.program, returns=evaluate.sources(probe, case.program.returns))
 
 
 def _finite(outputs: Mapping[str, np.ndarray]) -> float:

@@ -11,15 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
+from xr_aimz.binding import Binding
 from xr_aimz.errors import InterventionError
 from xr_aimz.inputs import Inputs
 from xr_aimz.ints import explained, unread
 from xr_aimz.paths import Parents, arrows_of, below
 from xr_aimz.posterior import Fit
 from xr_aimz.scenarios import Scenario, check_shown, scenarios
-from xr_aimz.worlds import Worlds
+from xr_aimz.worlds import Worlds, dims_replaced
 
 __all__ = ["Intervention", "intervention"]
 
@@ -53,6 +55,18 @@ class Intervention:
 
     def added_to(self, inputs: Inputs) -> Inputs:
         return replace(inputs, arrays={**inputs.arrays, **self.arrays})
+
+    def with_dims_of_values(self, inputs: Inputs, binding: Binding) -> Inputs:
+        """The inputs, each with the dims and the dtype that the values set in it give it."""
+        dims, arrays = dims_replaced(self.worlds, binding, inputs.dims), dict(inputs.arrays)
+        for change in self.worlds.arguments:
+            array = arrays[change.target]
+            values = [arrays[v.key].dtype for v in change.values if not v.whole]
+            array = array.astype(np.result_type(array.dtype, *values), copy=False)
+            gained = [d for d in dims[change.target] if d not in array.dims]
+            array = array.expand_dims({d: inputs.sizes[d] for d in gained})
+            arrays[change.target] = array.transpose(*dims[change.target])
+        return replace(inputs, arrays=arrays)
 
 
 def intervention(

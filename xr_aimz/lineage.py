@@ -14,9 +14,11 @@ import xarray as xr
 from xr_aimz.posterior import Fit
 from xr_aimz.record import versions
 
-__all__ = ["drawn_with", "passing", "traced_to"]
+__all__ = ["ASSUMED", "drawn_with", "passing", "traced_to"]
 
 FIT, SEED, VERSIONS = "aimz_fit", "aimz_seed", "aimz_versions"
+# The dims along which the caller said that cells are independent, separated by blanks.
+ASSUMED = "aimz_assume_independent"
 # The names of what else the fit's lineage says: who reads the attrs cannot know them.
 MORE = "aimz_lineage"
 

@@ -21,9 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro
+import numpyro.distributions as dist
 from numpyro import handlers
-from numpyro.ops.provenance import eval_provenance
 
+from xr_aimz.dataflow import dependencies
 from xr_aimz.errors import DimensionError, ModelError
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Parameter",
     "Plate",
     "Site",
+    "factor_inputs",
     "observed_through",
     "observed_values",
     "parameters",
@@ -245,7 +247,7 @@ def observed_through(
         return {n: m["value"] for n, m in sites.items() if m["type"] == "sample" and _seen(m)}
 
     with tracing(block), _quiet():
-        return eval_provenance(observations, **arrays)
+        return dependencies(observations, arrays)
 
 
 def read_by(
@@ -262,8 +264,44 @@ def read_by(
         return {n: _density(m, inputs) for n, m in sites.items() if m["type"] == "sample"}
 
     with tracing(block), _quiet():
-        found = eval_provenance(densities, **arrays)
+        found = dependencies(densities, arrays)
     return {n: frozenset().union(*jax.tree.leaves(p, is_leaf=_is_set)) for n, p in found.items()}
+
+
+def factor_inputs(
+    model: Callable,
+    arrange: Callable[[Any], dict[str, Any]],
+    arrays: Mapping[str, Any],
+    latents: Mapping[str, Any],
+    block: Block,
+) -> dict[str, frozenset[str]]:
+    """Names of the arrays and of the latent sites that each ``numpyro.factor`` is computed from.
+
+    Parameters
+    ----------
+    model : callable
+    arrange : callable
+        Turns ``arrays`` into the model's keyword arguments.
+    arrays, latents : mapping of name to jax.ShapeDtypeStruct
+    block : Block
+    """
+
+    def factors(**inputs: Any) -> dict[str, Any]:
+        passed = arrange({key: inputs[f"array {key}"] for key in arrays})
+        drawn = {name: inputs[f"site {name}"] for name in latents}
+        seeded = handlers.seed(lambda: model(**passed), jax.random.key(0))
+        sites = handlers.trace(_unsampled(handlers.substitute(seeded, data=drawn))).get_trace()
+        return {n: m["fn"].log_factor for n, m in sites.items() if _is_factor(m)}
+
+    inputs = {f"array {key}": array for key, array in arrays.items()}
+    inputs |= {f"site {name}": latent for name, latent in latents.items()}
+    with tracing(block), _quiet():
+        found = dependencies(factors, inputs)
+    return {name: frozenset(n.partition(" ")[2] for n in names) for name, names in found.items()}
+
+
+def _is_factor(message: Mapping[str, Any]) -> bool:
+    return message["type"] == "sample" and isinstance(message["fn"], dist.Unit)
 
 
 def _density(message: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:

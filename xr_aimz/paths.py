@@ -13,12 +13,11 @@ from typing import Any
 
 import jax
 import xarray as xr
-from jax.extend.core.primitives import scan_p
 from numpyro import handlers
-from numpyro.ops import provenance
 
 from xr_aimz.axes import shape_in_model
 from xr_aimz.binding import arrange, block_of
+from xr_aimz.dataflow import dependencies
 from xr_aimz.device import device_dtype
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Program
@@ -83,8 +82,8 @@ def parents(
         }
 
     with tracing(block):
-        found = provenance.eval_provenance(
-            made, **blank, **{f"array {key}": struct for key, struct in arrays.items()}
+        found = dependencies(
+            made, {**blank, **{f"array {key}": struct for key, struct in arrays.items()}}
         )
     return {
         name: frozenset().union(*jax.tree.leaves(leaves, is_leaf=_is_set)) - {name}
@@ -120,32 +119,3 @@ def below(
         front = found - reached
         reached |= found
     return frozenset(reached)
-
-
-def _through_scan(eqn: Any, sources: list[frozenset[str]]) -> list[frozenset[str]]:
-    """What reaches each output of a scan: the body, again until its carry has settled."""
-    # NumPyro takes every output of a scan to be made from every input.
-    consts, carries = _groups(eqn.params)
-    fixed, carry, rows = (
-        sources[:consts],
-        sources[consts : consts + carries],
-        sources[consts + carries :],
-    )
-    while True:
-        out = provenance.track_deps_jaxpr(eqn.params["jaxpr"].jaxpr, [*fixed, *carry, *rows])
-        after = [a | b for a, b in zip(carry, out[:carries], strict=True)]
-        if after == carry:
-            return out
-        carry = after
-
-
-def _groups(params: Mapping[str, Any]) -> tuple[int, int]:
-    """How many inputs of a scan are constants, and how many its carry."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    # In jax 0.12 they are three groups of a tree.
-    constants, carry, _ = params["ft_in"].unpack()
-    return len(constants), len(carry)
-
-
-provenance.track_deps_rules.setdefault(scan_p, _through_scan)

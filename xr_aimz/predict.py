@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from xr_aimz.errors import MissingVariableError, OptionError
+from xr_aimz.errors import DimensionError, MissingVariableError, OptionError
 from xr_aimz.evaluation import Evaluation, evaluate
 from xr_aimz.given import Condition, conditioned, resolved
 from xr_aimz.inputs import Inputs, gather
@@ -23,7 +23,7 @@ from xr_aimz.interventions import intervention
 from xr_aimz.kernel import log_likelihood as density_kernel
 from xr_aimz.kernel import predictive
 from xr_aimz.labelling import result_name, with_coords
-from xr_aimz.lineage import traced_to
+from xr_aimz.lineage import ASSUMED, traced_to
 from xr_aimz.posterior import Fit
 from xr_aimz.reduction import parse
 from xr_aimz.summary import dressed
@@ -52,6 +52,7 @@ def predict(
     seed: int = 0,
     new_labels: str = "raise",
     summary: Any = None,
+    assume_independent: str | Sequence[str] | None = None,
 ) -> xr.Dataset:
     """Posterior predictive draws for a Dataset, lazily.
 
@@ -99,6 +100,11 @@ def predict(
         Statistics in place of the draws, as :func:`xr_aimz.summary` names them: ``("mean",
         "std", 0.05, 0.5, 0.95, "prob>x", "hdi")``. They are taken inside each task, which then
         has all draws of fewer cells, and the draws leave no task.
+    assume_independent : str or sequence of str, optional
+        Observation dimensions along which the caller vouches that no cell depends on another.
+        A model whose independence along a dimension that is cut is not proven is refused
+        without. A coupling that values show is refused all the same. It is written into
+        ``history``, and into the attr ``aimz_assume_independent``.
 
     Returns
     -------
@@ -119,7 +125,8 @@ def predict(
         An outcome of ints or bools would be drawn from a missing value.
     ModelError
         A condition on what is not an outcome, or that would tell of a draw; new labels of a
-        latent that the model couples along their dimension.
+        latent that the model couples along their dimension; a dimension that is cut and along
+        which the model couples cells, or is not proven not to.
     BlockSizeError
         With ``summary``, if all draws of the least block are over ``block_bytes``.
     InterventionError
@@ -141,12 +148,19 @@ def predict(
         seed=seed,
         new_labels=new_labels,
         summary=summary,
+        assume_independent=assume_independent,
     )
     wanted = asked(ds, fit, question)
     return traced_to(fit, answered(ds, wanted, attrs_of(wanted), "predict"), seed)
 
 
-def log_likelihood(ds: xr.Dataset, fit: Fit, *, draws: int | None = None) -> xr.Dataset:
+def log_likelihood(
+    ds: xr.Dataset,
+    fit: Fit,
+    *,
+    draws: int | None = None,
+    assume_independent: str | Sequence[str] | None = None,
+) -> xr.Dataset:
     """The log density of each observation under each draw, lazily.
 
     Parameters
@@ -156,6 +170,8 @@ def log_likelihood(ds: xr.Dataset, fit: Fit, *, draws: int | None = None) -> xr.
     fit : Fit
     draws : int, optional
         Use this many draws of each chain, evenly spaced. By default all.
+    assume_independent : str or sequence of str, optional
+        As for :func:`predict`.
 
     Returns
     -------
@@ -177,7 +193,10 @@ def log_likelihood(ds: xr.Dataset, fit: Fit, *, draws: int | None = None) -> xr.
         )
     inputs = gather(fit.binding, ds, outcomes=True)
     posterior = _thinned(fit.posterior, draws)
-    wanted = Evaluation(fit, inputs, posterior, density_kernel, fit.observed, seed=0)
+    assumed = _observation_dims(fit, assume_independent)
+    wanted = Evaluation(
+        fit, inputs, posterior, density_kernel, fit.observed, seed=0, assumed=assumed
+    )
     names = [result_name(fit.binding, fit.sites[n]) for n in fit.observed]
     attrs = {n: {"long_name": f"log-likelihood of {n}", "units": "1"} for n in names}
     return traced_to(fit, answered(ds, wanted, attrs, "log_likelihood"))
@@ -196,6 +215,7 @@ class Question:
     seed: int = 0
     new_labels: str = "raise"
     summary: Any = None
+    assume_independent: str | Sequence[str] | None = None
 
 
 def asked(ds: xr.Dataset, fit: Fit, question: Question) -> Evaluation:
@@ -210,6 +230,7 @@ def asked(ds: xr.Dataset, fit: Fit, question: Question) -> Evaluation:
         _chosen(fit, question.sites),
         question.seed,
         () if question.summary is None else parse(question.summary),
+        assumed=_observation_dims(fit, question.assume_independent),
     )
     if question.do is not None:
         wanted = _under(ds, wanted, question, question.do)
@@ -274,8 +295,12 @@ def answered(ds: xr.Dataset, wanted: Evaluation, attrs: Attrs, verb: str) -> xr.
     result = result.squeeze([d for d in wanted.inputs.scalars if d in result.dims])
     line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}: xr_aimz {verb} of {wanted.fit.method}"
     line += "" if wanted.under is None else f"; {wanted.under}"
+    if wanted.assumed:
+        line += f"; cells assumed independent along {list(wanted.assumed)!r}"
     history = "\n".join(filter(None, [str(ds.attrs.get("history", "")), line]))
-    return result.assign_attrs({**ds.attrs, "history": history})
+    own = {name: value for name, value in ds.attrs.items() if name != ASSUMED}
+    own |= {ASSUMED: " ".join(wanted.assumed)} if wanted.assumed else {}
+    return result.assign_attrs({**own, "history": history})
 
 
 def _chosen(fit: Fit, sites: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -288,6 +313,18 @@ def _chosen(fit: Fit, sites: str | Sequence[str] | None) -> tuple[str, ...]:
     if strangers or not asked:
         raise MissingVariableError(f"sites={asked!r}: the model has {sorted(known)!r}")
     return tuple(dict.fromkeys(known[n] for n in asked))
+
+
+def _observation_dims(fit: Fit, dims: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The dims along which the caller says that cells are independent."""
+    names = (dims,) if isinstance(dims, str) else tuple(dims or ())
+    strange = [d for d in names if d not in fit.binding.dims]
+    if strange:
+        raise DimensionError(
+            f"assume_independent={dims!r}: {strange!r} is not among the observation dimensions "
+            f"of the fit, {fit.binding.dims!r}"
+        )
+    return names
 
 
 def _thinned(posterior: xr.Dataset, draws: int | None) -> xr.Dataset:

@@ -41,6 +41,7 @@ def prior_predictive(
     layout: str = "grid",
     sites: str | Sequence[str] | None = None,
     do: Mapping[str, Any] | None = None,
+    assume_independent: str | Sequence[str] | None = None,
 ) -> xr.Dataset:
     """Prior predictive draws for a Dataset, lazily: what the model says before it is fitted.
 
@@ -65,6 +66,8 @@ def prior_predictive(
     do : mapping, optional
         What variables or sites are set to, as in :func:`intervene`; scenarios become
         dimensions after ``draw``.
+    assume_independent : str or sequence of str, optional
+        As in :func:`predict`.
 
     Returns
     -------
@@ -105,7 +108,8 @@ def prior_predictive(
     empty = xr.Dataset(coords={d: (d, n) for d, n in number.items()})
     source = getattr(model, "__name__", "a model")
     known_nothing = assemble(bound, empty, Draws({}, (1, int(draws)), source))
-    wanted = asked(ds, known_nothing, Question(sites=sites, do=do, seed=seed))
+    question = Question(sites=sites, do=do, seed=seed, assume_independent=assume_independent)
+    wanted = asked(ds, known_nothing, question)
     return drawn_with(answered(ds, wanted, attrs_of(wanted), "prior_predictive"), seed)
 
 

@@ -18,7 +18,7 @@ import xarray as xr
 
 from xr_aimz.axes import dims_in_dataset, shape_in_dataset, shape_in_model
 from xr_aimz.inputs import Inputs
-from xr_aimz.kernel import Program
+from xr_aimz.kernel import CONDITION, KNOWN, Program
 from xr_aimz.model import Site
 
 __all__ = ["Probe", "affordable", "outline", "probe_shapes", "probes"]
@@ -126,11 +126,10 @@ def outline(
         shape = tuple(sizes[d] if d in program.binding.dims else array.sizes[d] for d in own)
         return own, np.broadcast_to(np.zeros((), dtype), shape)
 
-    arrays = {key: blank(a.dims, a) for key, a in inputs.arrays.items()}
+    arrays = {key: blank(a.dims, a) for key, a in _read_by_model(inputs).items()}
     known = {
         name: blank((d for d in a.dims if d not in ("chain", "draw")), a)
-        for name, a in latents.items()
-        if a.chunks is None
+        for name, a in _in_memory(latents, inputs).items()
     }
     noise = {
         s.name: (
@@ -140,6 +139,23 @@ def outline(
         for s in _without_values(program, known)
     }
     return Probe(sizes, arrays, known, noise)
+
+
+def _read_by_model(inputs: Inputs) -> dict[str, xr.DataArray]:
+    """The arrays less those that give sites their values: in a probe all sites have some."""
+    given = (CONDITION, KNOWN)
+    return {key: a for key, a in inputs.arrays.items() if not key.startswith(given)}
+
+
+def _in_memory(
+    latents: Mapping[str, xr.DataArray], inputs: Inputs
+) -> dict[str, xr.DataArray]:
+    """The draws that a probe can be made of: not those that only some of the cells have."""
+    return {
+        name: array
+        for name, array in latents.items()
+        if array.chunks is None and KNOWN + name not in inputs.arrays
+    }
 
 
 def _without_values(program: Program, known: Mapping[str, Any]) -> list[Site]:
@@ -175,13 +191,12 @@ def probes(
     places = {d: _places(inputs.sizes[d], sizes[d], rng) for d in program.binding.dims}
     names = {s.key: s.name for a in program.binding.arguments for s in a.sources}
     arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
-    for key, array in inputs.arrays.items():
+    for key, array in _read_by_model(inputs).items():
         real = array if array.chunks is None else seen.get(names.get(key, key))
         arrays[key] = _input(array, real, places, rng)
     known = {
         name: _picked(_one_draw(array, rng), places)
-        for name, array in latents.items()
-        if array.chunks is None
+        for name, array in _in_memory(latents, inputs).items()
     }
     noise = {
         s.name: (dims_in_dataset(s, program.binding), rng.normal(size=_shape(s, program, sizes)))

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 import numpyro.distributions as dist
 import xarray as xr
-from jax.extend.core import Literal
 
 from xr_aimz.axes import TABLE, dims_in_dataset
 from xr_aimz.binding import Binding, block_of
+from xr_aimz.dataflow import dependencies
 from xr_aimz.errors import ModelError
 from xr_aimz.kernel import Program, distributions
 from xr_aimz.model import Site, tracing
@@ -63,21 +63,20 @@ def origins(
     """
     call = distributions(program, sizes)
     kinds: dict[str, tuple[bool, int]] = {}
+    # Inputs that are no sites, and so have no name that a site can have.
+    others = {"\0keys": draw["keys"], "\0arrays": shared}
 
-    def leaves(named: Any, site_keys: Any, shared: Any) -> dict[str, Any]:
-        found = call({"keys": site_keys, "latents": named}, shared)
+    def leaves(**named: Any) -> dict[str, Any]:
+        latents = {name: named[name] for name in draw["latents"]}
+        found = call({"keys": named["\0keys"], "latents": latents}, named["\0arrays"])
         kinds.update({name: (bool(fn.is_discrete), _joint(fn)) for name, fn in found.items()})
         return {name: jax.tree.leaves(fn) for name, fn in found.items()}
 
-    named = dict(draw["latents"])
-    others = (draw["keys"], shared)
     with tracing(block_of(program.binding, sizes)):
-        jaxpr, out = jax.make_jaxpr(leaves, return_shape=True)(named, *others)
-    sources = [frozenset({n}) for n in jax.tree.leaves({n: n for n in named})]
-    sources += [frozenset()] * len(jax.tree.leaves(others))
-    through = jax.tree.unflatten(jax.tree.structure(out), _through(jaxpr.jaxpr, sources))
+        reached_by = dependencies(leaves, {**draw["latents"], **others})
     return {
-        name: Origin(frozenset().union(*parts), *kinds[name]) for name, parts in through.items()
+        name: Origin(frozenset().union(*parts) - set(others), *kinds[name])
+        for name, parts in reached_by.items()
     }
 
 
@@ -85,66 +84,6 @@ def _joint(fn: Any) -> int:
     while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         fn = fn.base_dist
     return int(fn.event_dim)
-
-
-def _through(jaxpr: Any, sources: list[Names]) -> list[Names]:
-    """Which sources reach each output of a program; exact in the carry of a scan.
-
-    NumPyro's ``eval_provenance`` takes a scan for a whole, so all that enters it would
-    reach all that leaves it.
-    """
-    env = dict(zip(jaxpr.invars, sources, strict=True))
-
-    def read(variable: Any) -> Names:
-        none: Names = frozenset()
-        return none if isinstance(variable, Literal) else env.get(variable, none)
-
-    for equation in jaxpr.eqns:
-        found = _outputs(equation, [read(v) for v in equation.invars])
-        env.update(zip(equation.outvars, found, strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _outputs(equation: Any, found: list[Names]) -> list[Names]:
-    name, inner = equation.primitive.name, equation.params.get("jaxpr")
-    if name == "scan":
-        return _looped(equation, found)
-    if name in ("jit", "pjit", "closed_call") and inner is not None:
-        return _through(inner.jaxpr, found)
-    return _everywhere(equation, found)
-
-
-def _looped(equation: Any, found: list[Names]) -> list[Names]:
-    """A scan: what reaches a carry in one step reaches what is made from it in the next."""
-    counts = _constants_and_carry(equation.params)
-    if counts is None:
-        return _everywhere(equation, found)
-    constants, carried = counts
-    place = slice(constants, constants + carried)
-    while True:
-        out = _through(equation.params["jaxpr"].jaxpr, found)
-        carry = [old | new for old, new in zip(found[place], out[:carried], strict=True)]
-        if carry == found[place]:
-            return [*carry, *out[carried:]]
-        found = [*found[:constants], *carry, *found[place.stop :]]
-
-
-def _constants_and_carry(params: Mapping[str, Any]) -> tuple[int, int] | None:
-    """How many inputs of a scan are constant, and how many carried; None if JAX hides it."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    try:
-        # From jax 0.12 on the inputs are a tuple of trees: constants, carry and slices.
-        constants, carry, _ = params["ft_in"].unpack()
-    except (AttributeError, KeyError, ValueError):
-        # A JAX that we do not know: refuse more than need be, never less.
-        return None
-    return len(constants), len(carry)
-
-
-def _everywhere(equation: Any, found: list[Names]) -> list[Names]:
-    none: Names = frozenset()
-    return [none.union(*found)] * len(equation.outvars)
 
 
 def check_told(

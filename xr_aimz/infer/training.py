@@ -21,10 +21,11 @@ from numpyro.infer.autoguide import AutoGuide, AutoGuideList
 
 from xr_aimz.batches import Visit
 from xr_aimz.binding import arrange, block_of
+from xr_aimz.fingerprint import traced_fingerprint
 from xr_aimz.infer.coverage import check_guide
 from xr_aimz.infer.entries import Entries, entries_of
 from xr_aimz.infer.problem import Problem
-from xr_aimz.infer.repeatable import ordered, program_digest
+from xr_aimz.infer.repeatable import ordered
 from xr_aimz.infer.scaled import scaled, scales
 from xr_aimz.labels import label_words
 from xr_aimz.model import Block, tracing
@@ -198,10 +199,10 @@ class Training:
         state = self.part(self.start, zero)
         first = {k: np.asarray(a) for k, a in self.data.first.items()}
         with tracing(self.block):
-            loss = program_digest(
+            loss = traced_fingerprint(
                 lambda s, a: self.svi.evaluate(s, **self.arguments(a)), state, first
             )
-            update = program_digest(
+            update = traced_fingerprint(
                 lambda s, a: self.svi.update(s, **self.arguments(a)), state, first
             )
         return _mixed(loss, self._seen()), update
