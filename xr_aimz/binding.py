@@ -28,6 +28,7 @@ __all__ = [
     "Binding",
     "Source",
     "arrange",
+    "arrange_values",
     "block_of",
     "find",
     "labels_of",
@@ -87,6 +88,9 @@ class Binding:
         the fit is the order that the model knows.
     per : tuple of str
         Dimensions over which the model is fitted independently; it sees arrays without them.
+    concrete : mapping of argument to array
+        Arguments whose values the model reads while it is traced, as they were at the fit: they
+        are passed as NumPy arrays, and have their part in the traced program.
     """
 
     arguments: tuple[Argument, ...]
@@ -96,6 +100,13 @@ class Binding:
     layout: str = "grid"
     labels: Mapping[str, pd.Index] = field(default_factory=dict)
     per: tuple[str, ...] = ()
+    concrete: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def whole_dims(self) -> tuple[str, ...]:
+        """The dims that no block is cut along: those of core, and of values that are read."""
+        named = [a for a in self.arguments if a.name in self.concrete]
+        return (*self.core_dims, *(d for a in named for s in a.sources for d in s.dims))
 
     @property
     def cut_dims(self) -> tuple[str, ...]:
@@ -271,35 +282,59 @@ def arrange(
         The dims of each array: observation dims first, in order.
     block : Block
     """
-    passed = dict(binding.constants)
+    passed = {**binding.constants, **binding.concrete}
     for argument in binding.arguments:
         keys = [source.key for source in argument.sources]
-        if not all(key in arrays for key in keys):
-            continue
-        place = _table if binding.layout == "table" else _grid
-        laid = [place(arrays[k], dims[k], binding.dims, block.sizes) for k in keys]
-        if argument.stacked:
-            laid = [jnp.stack(jnp.broadcast_arrays(*laid), axis=-1)]
-        passed[argument.name] = laid[0]
+        if argument.name not in binding.concrete and all(key in arrays for key in keys):
+            passed[argument.name] = _laid_out(binding, argument, arrays, dims, block, jnp)
     return passed
 
 
-def _grid(array: Any, dims: tuple[str, ...], observation: tuple[str, ...], sizes: Any) -> Any:
+def arrange_values(
+    binding: Binding,
+    name: str,
+    arrays: Mapping[str, np.ndarray],
+    dims: Mapping[str, tuple[str, ...]],
+    block: Block,
+) -> np.ndarray:
+    """One argument of the model, laid out as :func:`arrange` does, as a NumPy array."""
+    return np.array(_laid_out(binding, binding.argument(name), arrays, dims, block, np))
+
+
+def _laid_out(
+    binding: Binding,
+    argument: Argument,
+    arrays: Mapping[str, Any],
+    dims: Mapping[str, tuple[str, ...]],
+    block: Block,
+    xp: Any,
+) -> Any:
+    place = _table if binding.layout == "table" else _grid
+    keys = [source.key for source in argument.sources]
+    laid = [place(arrays[k], dims[k], binding.dims, block.sizes, xp) for k in keys]
+    return xp.stack(xp.broadcast_arrays(*laid), axis=-1) if argument.stacked else laid[0]
+
+
+def _grid(
+    array: Any, dims: tuple[str, ...], observation: tuple[str, ...], sizes: Any, xp: Any
+) -> Any:
     if not set(dims) & set(observation):
         return array
     extra = tuple(n for d, n in zip(dims, array.shape, strict=True) if d not in observation)
     shape = tuple(sizes[d] if d in dims else 1 for d in observation) + extra
-    return jnp.reshape(array, shape)
+    return xp.reshape(array, shape)
 
 
-def _table(array: Any, dims: tuple[str, ...], observation: tuple[str, ...], sizes: Any) -> Any:
+def _table(
+    array: Any, dims: tuple[str, ...], observation: tuple[str, ...], sizes: Any, xp: Any
+) -> Any:
     if not set(dims) & set(observation):
         return array
-    grid = _grid(array, dims, observation, sizes)
+    grid = _grid(array, dims, observation, sizes, xp)
     extra = tuple(grid.shape[len(observation) :])
-    whole = jnp.broadcast_to(grid, tuple(sizes[d] for d in observation) + extra)
+    whole = xp.broadcast_to(grid, tuple(sizes[d] for d in observation) + extra)
     rows = int(np.prod([sizes[d] for d in observation]))
-    return jnp.reshape(whole, (rows, *extra))
+    return xp.reshape(whole, (rows, *extra))
 
 
 def block_of(binding: Binding, sizes: Mapping[str, int]) -> Block:

@@ -22,11 +22,13 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
 from xr_aimz.binding import block_of
-from xr_aimz.device import run, to_device_dtype
+from xr_aimz.casting import to_device_dtype
+from xr_aimz.device import run
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Call, Program
-from xr_aimz.operands import Dims, Operand, operands
+from xr_aimz.operands import KINDS, Dims, Operand, operands
 from xr_aimz.plan import Plan
+from xr_aimz.requirements import BlockValues, Requirement, check_values
 
 __all__ = ["Task", "lazy_sites"]
 
@@ -53,6 +55,10 @@ class Task:
         Of the dimensions that are never cut.
     after : callable
         What a task makes of its sites' draws ``(chain, draw, *dims)`` before they leave it.
+    requirements : tuple of Requirement
+        What the values of lazy arrays must satisfy.
+    unlabelled : frozenset of str
+        The dims without a coordinate.
     """
 
     name: str
@@ -64,6 +70,8 @@ class Task:
     sizes: Mapping[str, int]
     operands: tuple[tuple[str, str, Dims], ...] = field(default=())
     after: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
+    requirements: tuple[Requirement, ...] = ()
+    unlabelled: frozenset[str] = frozenset()
 
 
 def lazy_sites(
@@ -94,13 +102,23 @@ def lazy_sites(
     arrays = dict(inputs.arrays)
     token = tokenize(task.identity, task.name, task.after, plan, keys, labels, arrays)
     chunks = {"chain": plan.chain, "draw": plan.draw, **plan.chunks}
-    passed = operands(inputs, latents, keys, cut_dims, chunks)
-    described = replace(task, operands=tuple((o.kind, o.name, o.dims) for o in passed))
+    labelled = [d for d in inputs.sizes if task.requirements and d in _dims_of(arrays)]
+    passed = operands(inputs, latents, keys, cut_dims, chunks, labelled)
+    unlabelled = frozenset(labelled) - set(inputs.labels)
+    described = replace(
+        task,
+        operands=tuple((o.kind, o.name, o.dims) for o in passed),
+        unlabelled=unlabelled,
+    )
     blocks = _task_layer(described, passed, chunks, token)
     return {
         site: _pick(blocks, tuple(chunks), site, dims, struct, f"aimz-{site}-{token}")
         for site, (dims, struct) in outputs.items()
     }
+
+
+def _dims_of(arrays: Mapping[str, xr.DataArray]) -> set[str]:
+    return {str(d) for a in arrays.values() for d in a.dims}
 
 
 def _task_layer(
@@ -161,18 +179,23 @@ def _take(block: Any, site: str) -> np.ndarray:
 def _run_block(
     task: Task, parts: tuple[tuple[slice, ...], ...], *sources: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The task: cut out, pad, run the compiled program over the draws, cut back."""
+    """The task: cut out, check, pad, run the compiled program over the draws, cut back."""
     program = task.program
-    passed: dict[str, dict[str, np.ndarray]] = {
-        k: {} for k in ("keys", "words", "array", "latent")
-    }
     lengths: dict[str, int] = {}
+    read: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KINDS}
+    passed: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KINDS}
     for (kind, name, dims), source, part in zip(task.operands, sources, parts, strict=True):
-        block = source[part]
+        read[kind][name] = block = source[part]
         if kind in ("keys", "words"):
             lengths |= {d: n for d, n in zip(dims, block.shape, strict=True) if d is not None}
-        value = to_device_dtype(name, block) if kind in ("array", "latent") else block
-        passed[kind][name] = _padded(value, dims, task.padded)
+    if task.requirements:
+        values = BlockValues(read["array"], program.dims, read["labels"], task.unlabelled)
+        check_values(task.requirements, values)
+    for kind, name, dims in task.operands:
+        if kind != "labels":
+            value = read[kind][name]
+            value = to_device_dtype(name, value) if kind in ("array", "latent") else value
+            passed[kind][name] = _padded(value, dims, task.padded)
     sizes = {**task.sizes, **task.padded}
     shape = (lengths["chain"], lengths["draw"])
     outputs = run(

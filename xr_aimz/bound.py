@@ -27,7 +27,8 @@ from xr_aimz.binding import (
     observation_dims,
     resolve,
 )
-from xr_aimz.device import device_dtype
+from xr_aimz.casting import device_dtype
+from xr_aimz.concrete import find_concrete, resize_values, with_values
 from xr_aimz.errors import BindingError, DimensionError, ModelError
 from xr_aimz.inputs import Inputs, gather
 from xr_aimz.labelling import result_name
@@ -115,10 +116,13 @@ def _binding(
     per: tuple[str, ...],
 ) -> Binding:
     dims = observation_dims(ds, arguments, dim, event_ndim, per)
-    strangers = [d for d in core if d not in dims]
+    # An event or extra dimension is never split anyway: to name it a core_dim is no mistake.
+    known = {*dims, *(d for a in arguments for s in a.sources for d in s.dims)}
+    strangers = [d for d in core if d not in known]
     if strangers:
         raise DimensionError(
-            f"core_dim={strangers!r} is not among the observation dimensions {dims!r}"
+            f"core_dim={strangers!r} is not among the observation dimensions {dims!r}, nor a "
+            f"dimension of an argument; those have {sorted(known)!r}"
         )
     labels = labels_of(ds, arguments, per + dims)
     return Binding(arguments, constants, dims, core, layout, labels, per)
@@ -159,8 +163,12 @@ def _settle(
     arguments: tuple[Argument, ...],
     make: Callable[[tuple[Argument, ...], int], Binding],
     dim: Any,
+    concrete: frozenset[str] = frozenset(),
 ) -> Bound:
-    """The first binding, by number of event dimensions, that its own trace agrees with."""
+    """The first binding, by number of event dimensions, that its own trace agrees with.
+
+    ``concrete`` are arguments whose values the model reads.
+    """
     outcomes = [a for a in arguments if a.outcome]
     per = make(arguments, 0).per
     most = max((len(set(s.dims) - set(per)) for a in outcomes for s in a.sources), default=0)
@@ -168,15 +176,20 @@ def _settle(
     for event_ndim in range(1 if dim is not None else most + 1):
         binding = make(arguments, event_ndim)
         inputs = gather(binding, ds, outcomes=True)
+        binding = with_values(binding, inputs, concrete)
         try:
             bound, reached = _traced(model, binding, inputs)
         except Exception as error:
+            trace = partial(_trace_cell, model, inputs)
+            read = None if concrete else find_concrete(trace, binding, inputs)
+            if read:
+                return _settle(ds, model, arguments, make, dim, read)
             # The model's own error; another number of event dims may suit it better.
             first_error = first_error or error
             continue
         flagged = tuple(replace(a, outcome=a.outcome and a.name in reached) for a in arguments)
         if flagged != arguments:
-            return _settle(ds, model, flagged, make, dim)
+            return _settle(ds, model, flagged, make, dim, concrete)
         if dim is not None or _agrees(bound, event_ndim):
             return bound
     if first_error is not None:
@@ -209,7 +222,7 @@ def _traced(model: Callable, binding: Binding, inputs: Inputs) -> tuple[Bound, s
     block = block_of(binding, cell.sizes)
     arranged = partial(arrange, binding, dims=cell.dims, block=block)
     structs = _structs(cell, cell.sizes)
-    sites = {s.name: s for s in trace_sites(model, arranged, structs, block)}
+    sites = {s.name: s for s in _trace_cell(model, inputs, binding)}
     through = observed_through(model, arranged, structs, block) if structs else {}
     reads = read_by(model, arranged, structs, block) if structs else {}
     owner = {s.key: a.name for a in binding.arguments for s in a.sources}
@@ -227,6 +240,13 @@ def _traced(model: Callable, binding: Binding, inputs: Inputs) -> tuple[Bound, s
         if sites[name].scanned and len(outcomes) == 1:
             sites[name] = replace(sites[name], obs_argument=outcomes[0])
     return Bound(model, binding, inputs, sites), reached
+
+
+def _trace_cell(model: Callable, inputs: Inputs, binding: Binding) -> tuple[Site, ...]:
+    cell = inputs.of_cell(binding.per)
+    block = block_of(binding, cell.sizes)
+    arranged = partial(arrange, binding, dims=cell.dims, block=block)
+    return trace_sites(model, arranged, _structs(cell, cell.sizes), block)
 
 
 def _structs(inputs: Inputs, sizes: Mapping[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -298,7 +318,8 @@ def _named(bound: Bound) -> Bound:
     binding, inputs = bound.binding, bound.inputs.of_cell(bound.binding.per)
     sizes = probe_sizes(binding, inputs.sizes)
     block = block_of(binding, sizes)
-    arranged = partial(arrange, binding, dims=inputs.dims, block=block)
+    resized = resize_values(binding, inputs, sizes)
+    arranged = partial(arrange, resized, dims=inputs.dims, block=block)
     try:
         probed = trace_sites(bound.model, arranged, _structs(inputs, sizes), block)
     except Exception:

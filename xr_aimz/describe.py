@@ -106,6 +106,7 @@ def _arguments(bound: Bound) -> tuple[Sequence[str], Rows]:
     rows = []
     for argument in bound.binding.arguments:
         role = "outcome" if argument.outcome else "input"
+        role = "input, its values read" if argument.name in bound.binding.concrete else role
         for source in argument.sources:
             array = bound.inputs.arrays.get(source.key)
             dtype = "" if array is None else str(array.dtype)

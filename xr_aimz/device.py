@@ -14,15 +14,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import Mesh, PartitionSpec
 
-from xr_aimz.errors import DtypeError
 from xr_aimz.fingerprint import RecentlyUsed, program_fingerprint
 from xr_aimz.kernel import Call
 from xr_aimz.model import Block, tracing
 
-__all__ = ["device_dtype", "run", "to_device_dtype", "traced"]
+__all__ = ["run", "trace", "traced"]
 
 # A program takes 55 to 220 of the 65 530 mappings of memory that Linux lets a process have
 # (normal and Poisson outcomes, jax 0.10; half of that with 0.12).
@@ -46,32 +45,19 @@ def traced(call: Call, block: Block, draw: Any, shared: Any) -> tuple[dict[str, 
     so a model that was reloaded, or that reads a global which has changed, is another
     program.
     """
+    _, outputs, name = trace(call, block, draw, shared)
+    return outputs, name
+
+
+def trace(
+    call: Call, block: Block, draw: Any, shared: Any
+) -> tuple[ClosedJaxpr, dict[str, Any], str]:
+    """The traced program, with what :func:`traced` says of it."""
     with tracing(block):
         closed, outputs = jax.make_jaxpr(call, return_shape=True)(draw, shared)
         name = program_fingerprint(closed)
         _traces.put((name, _avals((draw, shared))), (closed, outputs))
-    return outputs, name
-
-
-def to_device_dtype(name: str, values: np.ndarray) -> np.ndarray:
-    """Host values in the dtype that JAX has for them: its own float; ints and bools kept."""
-    dtype = device_dtype(values.dtype)
-    if values.dtype.kind in "iu" and dtype.itemsize < values.dtype.itemsize and values.size:
-        limits = np.iinfo(dtype)
-        low, high = values.min(), values.max()
-        if low < limits.min or high > limits.max:
-            raise DtypeError(
-                f"variable {name!r} has {values.dtype} values from {low!r} to {high!r}, and JAX "
-                f"holds {dtype}; make it a float, or set JAX_ENABLE_X64"
-            )
-    return np.asarray(values, dtype)
-
-
-def device_dtype(dtype: np.dtype) -> np.dtype:
-    """JAX's dtype for a dtype of the host."""
-    if dtype.kind == "f":
-        return np.dtype(jax.dtypes.canonicalize_dtype(float))
-    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+    return closed, outputs, name
 
 
 def run(

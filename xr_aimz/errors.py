@@ -26,6 +26,7 @@ __all__ = [
     "RandomnessError",
     "SpaceError",
     "StoreError",
+    "SupportError",
     "TrackingWarning",
     "UnitsError",
     "WriteError",
@@ -78,6 +79,10 @@ class UnitsError(AimzError, ValueError):
 
 class DtypeError(AimzError, TypeError):
     """A variable's dtype has no place in a model: convert the variable."""
+
+
+class SupportError(AimzError, ValueError):
+    """An outcome has values that its distribution cannot take: correct them, or change it."""
 
 
 class InterventionError(AimzError, ValueError):

@@ -20,9 +20,11 @@ from xr_aimz import keys
 from xr_aimz.axes import dims_in_dataset, shape_in_model
 from xr_aimz.binding import block_of
 from xr_aimz.blocks import Factory, Task, lazy_sites
+from xr_aimz.casting import device_dtype, to_device_dtype
 from xr_aimz.cell_results import in_cells
+from xr_aimz.concrete import check_not_cut
 from xr_aimz.dataflow import dependencies
-from xr_aimz.device import device_dtype, to_device_dtype, traced
+from xr_aimz.device import traced
 from xr_aimz.drawn_from import Drawing
 from xr_aimz.errors import ModelError
 from xr_aimz.guard import (
@@ -36,6 +38,7 @@ from xr_aimz.guard import (
     site_layout,
 )
 from xr_aimz.holes import may_have_holes, without_holes
+from xr_aimz.input_checks import collect_requirements
 from xr_aimz.inputs import Inputs
 from xr_aimz.interventions import Intervention
 from xr_aimz.ints import explained
@@ -48,6 +51,7 @@ from xr_aimz.plan import Plan, plan, plan_cells
 from xr_aimz.posterior import Fit
 from xr_aimz.reduction import Statistic, reduce, suffixed
 from xr_aimz.reduction import outputs as reduced
+from xr_aimz.requirements import check_in_memory, resize
 from xr_aimz.unseen import latent_draws
 from xr_aimz.upstream import Origin, origins
 
@@ -217,6 +221,7 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
         if array.chunks is None and array.dtype.kind in "iu":
             # A task would find it too; values in memory can be looked at now.
             to_device_dtype(key, array.values)
+    lazily = check_in_memory(collect_requirements(fit, inputs, wanted.program), inputs)
     structs, name = wanted.traced(inputs.sizes)
     wanted = _without_holes(wanted, structs)
     weight = sum(o.size * o.dtype.itemsize for o in structs.values())
@@ -242,6 +247,7 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
         params=fit.params,
         padded=padded,
         sizes=inputs.sizes,
+        requirements=resize(lazily, {**inputs.sizes, **padded}),
     )
     return _named(wanted, task, cut, outputs)
 
@@ -303,6 +309,7 @@ def _named(
 def _check_cut(wanted: Evaluation, cut: Plan) -> None:
     """What has no part in a dimension that is cut must be the same in all its blocks."""
     pieces = {d for d, chunks in cut.chunks.items() if len(chunks) > 1}
+    check_not_cut(wanted.fit.binding, pieces, "into blocks")
     reads = {k: pieces & set(map(str, a.dims)) for k, a in wanted.inputs.arrays.items()}
     reads |= {n: pieces & set(map(str, a.dims)) for n, a in wanted.latents.items()}
     sites = {n: wanted.fit.sites[n] for n in wanted.drawn}

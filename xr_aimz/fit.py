@@ -22,7 +22,9 @@ from xr_aimz.axes import dims_in_dataset
 from xr_aimz.batches import batch_sizes
 from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.bound import Bound, bind
-from xr_aimz.device import device_dtype, to_device_dtype
+from xr_aimz.casting import device_dtype, measure_sd, to_device_dtype
+from xr_aimz.concrete import check_not_cut
+from xr_aimz.conversions import find_converted
 from xr_aimz.errors import ConvergenceWarning, DimensionError, ModelError, OptionError
 from xr_aimz.gaps import cells_with_gaps, sample_with_gaps
 from xr_aimz.guard import Case, judge, raise_if_coupled
@@ -39,7 +41,9 @@ from xr_aimz.options import shows_progress
 from xr_aimz.per_cell import Memory, Shelf, fit_cells, plan_cells
 from xr_aimz.posterior import Fit
 from xr_aimz.record import options_of, versions
+from xr_aimz.requirements import check_in_memory, check_values, label_whole
 from xr_aimz.shelf import Stored
+from xr_aimz.supports import find_outcome_supports
 from xr_aimz.watch import watched
 
 __all__ = ["fit", "for_masked", "problem_of"]
@@ -95,7 +99,9 @@ def fit(
         The observation dimensions. By default the outcome's, less those that the
         observed site takes as its event.
     core_dim : str or tuple of str, optional
-        Observation dimensions that the model couples (a lag, a scan): never split.
+        Dimensions that the model couples (a lag, a scan, a Gaussian process): never split. One
+        that the observed site takes as its event, or that is no observation dimension, may be
+        named as well.
     per : str or tuple of str, optional
         Dimensions of the outcome over which the model is fitted independently, once for each
         label: ``per=("lat", "lon")`` is a fit in every grid cell. The model sees arrays without
@@ -234,6 +240,7 @@ def _check_batches(bound: Bound, batch: Any, assume_independent: Any) -> dict[st
             f"{binding.dims!r}"
         )
     sizes = {} if batch is None else batch_sizes(batch, binding, inputs)
+    check_not_cut(binding, sizes, f"by batch={batch!r}")
     blocks = {d: n for d, n in sizes.items() if n < inputs.sizes[d]}
     if blocks:
         drawn = tuple(n for n, s in bound.sites.items() if s.kind in ("latent", "observed"))
@@ -279,26 +286,45 @@ def _fit_whole(
     streamed: bool,
 ) -> Fit:
     """One fit of all the data, ``by`` a method on a model: a masked one where data are missing."""
-    problem, arrays = problem_of(bound, streamed=streamed)
+    problem, arrays, sd = problem_of(bound, streamed=streamed)
     if problem.model is not bound.model:
         infer = by(problem.model, for_masked(method, bound, problem.model))
-    return labelled(bound, infer(problem), arrays)
+    return replace(labelled(bound, infer(problem), arrays), data_sd=sd)
 
 
-def problem_of(bound: Bound, *, streamed: bool) -> tuple[Problem, Mapping[str, jax.Array]]:
-    """What an inference is given, and the arrays that were loaded for it.
+def problem_of(
+    bound: Bound, *, streamed: bool
+) -> tuple[Problem, Mapping[str, jax.Array], xr.Dataset]:
+    """What an inference is given, the arrays that were loaded for it, and their sd.
 
     Of data that are ``streamed`` nothing stays loaded but what shows how the model takes
     missing values.
     """
-    shown = sample_with_gaps(bound.binding, bound.inputs) if streamed else bound.inputs
+    program = _program(bound)
+    converted = partial(find_converted, program, bound.inputs, {})
+    supports = find_outcome_supports(program, bound.inputs, {})
+    shown, lazily = bound.inputs, check_in_memory(supports, bound.inputs)
+    if streamed:
+        shown, sd = sample_with_gaps(bound.binding, bound.inputs, converted)
     check_fits(bound.binding, shown.arrays)
-    arrays = _load(bound.binding, shown)
+    loaded = _load(shown)
+    if not streamed:
+        sd = measure_sd(bound.binding, bound.inputs, loaded, converted)
+        raw = {key: a.values for key, a in loaded.items()}
+        check_values(lazily, label_whole(bound.inputs, raw))
+    arrays = _on_device(bound.binding, loaded)
     model = _without_gaps(bound, shown, arrays)
     whole = {} if streamed else arrays
     block = block_of(bound.binding, bound.inputs.sizes)
     arguments = arrange(bound.binding, whole, bound.inputs.dims, block)
-    return Problem(model, arguments, block, bound.sites, bound.binding, bound.inputs), whole
+    inputs = bound.inputs
+    problem = Problem(model, arguments, block, bound.sites, bound.binding, inputs, lazily)
+    return problem, whole, sd
+
+
+def _program(bound: Bound) -> Program:
+    binding = bound.binding.without_data()
+    return Program(bound.model, binding, bound.sites, bound.inputs.dims, ())
 
 
 def for_masked(method: Any, bound: Bound, model: Callable) -> Any:
@@ -311,12 +337,19 @@ def _fit_cells(bound: Bound, method: CellMethod, seed: int, store: Any, progress
     """An independent fit in each cell of ``per``."""
     # Masked whether or not there is a gap: a cell is fitted by one program wherever it lies.
     model = masked(bound.model, bound.binding, bound.sites)
+    program = _program(bound)
+    supports = find_outcome_supports(program, bound.inputs, {})
+    lazily = check_in_memory(supports, bound.inputs)
+    known = {key: a.variable for key, a in bound.inputs.arrays.items()}
+    converted = partial(find_converted, program, bound.inputs, {})
+    sd = measure_sd(bound.binding, bound.inputs, known, converted)
     for shown in cells_with_gaps(bound.binding, bound.inputs):
-        _without_gaps(bound, shown, _load(bound.binding, shown))
+        _without_gaps(bound, shown, _on_device(bound.binding, _load(shown)))
     plan = plan_cells(replace(bound, model=model), method, seed, wanted(bound))
     shelf: Shelf = Memory(plan) if store is None else Stored(plan, store)
-    drawn = fit_cells(plan, shelf, progress=progress)
-    return assemble(bound, labelled_draws(bound, drawn.samples, drawn.shape), drawn)
+    drawn = fit_cells(plan, shelf, lazily, progress=progress)
+    found = assemble(bound, labelled_draws(bound, drawn.samples, drawn.shape), drawn)
+    return replace(found, data_sd=sd)
 
 
 def _without_gaps(bound: Bound, inputs: Inputs, arrays: Mapping[str, jax.Array]) -> Callable:
@@ -326,15 +359,16 @@ def _without_gaps(bound: Bound, inputs: Inputs, arrays: Mapping[str, jax.Array])
     return prepare(bound.model, bound.binding, bound.sites, arguments, block)
 
 
-def _load(binding: Binding, inputs: Inputs) -> dict[str, jax.Array]:
+def _load(inputs: Inputs) -> dict[str, xr.Variable]:
     # One Dataset, so that dask reads what variables share only once.
     numbered = {f"array {i}": a.variable for i, a in enumerate(inputs.arrays.values())}
     loaded = xr.Dataset(numbered).compute()
+    return {key: loaded[n].variable for key, n in zip(inputs.arrays, numbered, strict=True)}
+
+
+def _on_device(binding: Binding, loaded: Mapping[str, xr.Variable]) -> dict[str, jax.Array]:
     names = {s.key: s.name for a in binding.arguments for s in a.sources}
-    arrays = {}
-    for key, number in zip(inputs.arrays, numbered, strict=True):
-        arrays[key] = jnp.asarray(to_device_dtype(names[key], loaded[number].values))
-    return arrays
+    return {k: jnp.asarray(to_device_dtype(names[k], v.values)) for k, v in loaded.items()}
 
 
 def _recorded(fitted: Fit, method: Any, asked: Mapping[str, Any], seed: int) -> Fit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ import xarray as xr
 from xr_aimz.assembly import assemble
 from xr_aimz.axes import dims_in_dataset
 from xr_aimz.bound import Bound, bind
+from xr_aimz.casting import measure_sd
+from xr_aimz.conversions import find_converted
 from xr_aimz.errors import LabelError, ModelError
 from xr_aimz.infer.problem import Draws
 from xr_aimz.inputs import reordered
+from xr_aimz.kernel import Program
 from xr_aimz.labelling import extra_labels, label, result_name
 from xr_aimz.posterior import Fit
 from xr_aimz.record import options_of, versions
@@ -75,7 +79,17 @@ def from_posterior(
     made = Draws({}, shape, "draws made elsewhere", params=dict(params or {}))
     number = {"chains": shape[0], "draws": shape[1]}
     options = options_of(bound.binding, made.method, number, seed=None)
-    return replace(assemble(bound, draws, made), options=options, versions=versions())
+    found = assemble(bound, draws, made)
+    sd = _sd_in_memory(bound, made.params)
+    return replace(found, options=options, versions=versions(), data_sd=sd)
+
+
+def _sd_in_memory(bound: Bound, params: Mapping[str, Any]) -> xr.Dataset:
+    """The standard deviations of the variables that are in memory; nothing lazy is read."""
+    arrays = {k: a.variable for k, a in bound.inputs.arrays.items() if a.variable._in_memory}
+    program = Program(bound.model, bound.binding, bound.sites, bound.inputs.dims, ())
+    converted = partial(find_converted, program, bound.inputs, params)
+    return measure_sd(bound.binding, bound.inputs, arrays, converted)
 
 
 def _as_dataset(posterior: Any) -> xr.Dataset:

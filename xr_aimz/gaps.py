@@ -7,7 +7,7 @@ are, and a little is loaded, with a gap of every variable that has one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import reduce
 from operator import and_, or_
@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 
 from xr_aimz.binding import Binding
+from xr_aimz.casting import check_moments, reduce_moments
 from xr_aimz.inputs import Inputs
 
 __all__ = ["cells_with_gaps", "sample_with_gaps"]
@@ -23,21 +24,32 @@ __all__ = ["cells_with_gaps", "sample_with_gaps"]
 _LABELS = 8
 
 
-def sample_with_gaps(binding: Binding, inputs: Inputs) -> Inputs:
-    """The inputs at a few labels; without arrays where nothing is missing.
+def sample_with_gaps(
+    binding: Binding, inputs: Inputs, converted: Callable[[], Collection[str]]
+) -> tuple[Inputs, xr.Dataset]:
+    """The inputs at a few labels, and the standard deviation of every variable.
 
-    Reads all of the data once, block by block, and again where there are gaps. Core dims stay
-    whole.
+    Without arrays where nothing is missing. Reads all of the data once, block by block, and
+    again where there are gaps. Core dims stay whole. ``converted`` is as in
+    :func:`xr_aimz.casting.measure_sd`.
+
+    Raises
+    ------
+    DtypeError
+        A variable loses in JAX's float dtype what tells its values apart.
     """
     floats = {key: a.variable for key, a in inputs.arrays.items() if a.dtype.kind == "f"}
     free = [d for d in binding.dims if d not in binding.core_dims]
     # One Dataset, so that dask reads what variables share only once; and one block after
     # another, for those of a large store weigh much.
-    counted = xr.Dataset({key: a.isnull().sum() for key, a in floats.items()})
-    total = counted.compute(scheduler="synchronous")
-    gappy = [key for key in floats if int(total[key])]
+    arrays = {key: a.variable for key, a in inputs.arrays.items()}
+    counted = {f"missing {key}": a.isnull().sum() for key, a in floats.items()}
+    known = xr.Dataset({**counted, **reduce_moments(arrays, binding.per)})
+    known = known.compute(scheduler="synchronous")
+    sd = check_moments(binding, inputs, known, arrays, converted)
+    gappy = [key for key in floats if int(known[f"missing {key}"])]
     if not gappy:
-        return replace(inputs, arrays={})
+        return replace(inputs, arrays={}), sd
     # Along each dim only now: of very many labels the counts weigh as much as data.
     counts = {
         f"{d} {key}": floats[key].isnull().sum([e for e in floats[key].dims if e != d])
@@ -48,13 +60,13 @@ def sample_with_gaps(binding: Binding, inputs: Inputs) -> Inputs:
     missing = xr.Dataset(counts).compute(scheduler="synchronous")
     gaps = [_gap(floats[key], free) for key in gappy]
     chosen = {d: _labels(missing, d, inputs.sizes[d], gaps) for d in free}
-    arrays = {
+    part = {
         key: a.isel({d: at for d, at in chosen.items() if d in a.dims})
         for key, a in inputs.arrays.items()
     }
     sizes = {**inputs.sizes, **{d: len(at) for d, at in chosen.items()}}
     labels = {d: index[chosen[d]] if d in chosen else index for d, index in inputs.labels.items()}
-    return replace(inputs, arrays=arrays, sizes=sizes, labels=labels, chunks={})
+    return replace(inputs, arrays=part, sizes=sizes, labels=labels, chunks={}), sd
 
 
 def _gap(array: xr.Variable, free: list[str]) -> dict[str, int]:

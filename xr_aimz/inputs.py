@@ -213,8 +213,8 @@ def _check_dtype(what: str, argument: Argument, source: Source, array: xr.DataAr
     )
     if kind == "M" or dates:
         remedy = (
-            f"give it a decimal year: ds.assign_coords(year=ds[{name!r}].dt.decimal_year) and "
-            f"variables={{{argument.name!r}: 'year'}}"
+            f"give it decimal years since one: ds.assign_coords(year=ds[{name!r}].dt.decimal_year "
+            f"- 2000) and variables={{{argument.name!r}: 'year'}}"
         )
     elif kind == "m":
         remedy = (

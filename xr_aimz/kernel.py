@@ -132,7 +132,11 @@ def reading(
     sizes: Mapping[str, int],
     read: Callable[[Site, Mapping[str, Any]], tuple[Dims, Any]],
 ) -> Call:
-    """What ``read`` makes of each of ``program.returns``, its dims and its value."""
+    """What ``read`` makes of each of ``program.returns``, its dims and its value.
+
+    It is passed the site and its message, in which ``given`` has the values that were given to
+    the site and the mask of their cells, or is None.
+    """
     return _call(program, sizes, read)
 
 
@@ -151,12 +155,13 @@ def _call(
         program: Program, draw: Mapping[str, Any], shared: Mapping[str, Any], now: Any = None
     ) -> dict[str, jax.Array]:
         trace = _run(program, block, draw, shared, now)
-        told = _told(program, block, draw, shared, now)
+        given = _given(program, block, draw, shared)
+        told = _told(program, given, now)
         passed = arrange(program.binding, shared["arrays"], program.dims, block)
         found = {}
         for name in program.returns:
             site = program.sites[name]
-            dims, value = read(site, trace[name])
+            dims, value = read(site, {**trace[name], "given": given.get(name)})
             value = blank(
                 program.binding, site, dims, jnp.asarray(value), passed, told.get(name, False)
             )
@@ -248,11 +253,9 @@ def _given(
     return found
 
 
-def _told(
-    program: Program, block: Block, draw: Mapping[str, Any], shared: Mapping[str, Any], now: Any
-) -> dict[str, Any]:
+def _told(program: Program, given: Mapping[str, tuple[Any, Any]], now: Any) -> dict[str, Any]:
     """In which cells the value of a site is one that was given or set."""
-    found = {name: mask for name, (_, mask) in _given(program, block, draw, shared).items()}
+    found = {name: mask for name, (_, mask) in given.items()}
     if program.worlds is not None and now is not None:
         for change in program.worlds.sites:
             _, here, _ = now["sites"][change.target]

@@ -185,6 +185,8 @@ def _fields(spec: Mapping[str, Any], reader: _Reader) -> dict[str, Any]:
         "observed_data": datasets["observed_data"],
         "constant_data": datasets["constant_data"],
         "losses": losses,
+        # Fits of the first release have none.
+        "data_sd": datasets.get("data_sd", xr.Dataset()),
         "params": reader.unpack(spec["params"]),
         "state": reader.unpack(spec["state"]),
         "attrs": reader.unpack(spec["attrs"]),
@@ -208,6 +210,7 @@ def _binding(spec: Mapping[str, Any], reader: _Reader) -> Binding:
         layout=spec["layout"],
         labels=labels,
         per=tuple(spec["per"]),
+        concrete={n: reader.unpack(v) for n, v in spec.get("concrete", {}).items()},
     )
 
 

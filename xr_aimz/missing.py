@@ -115,6 +115,9 @@ class _Shape:
         return 1 if self.binding.layout == "table" else len(self.binding.dims)
 
     def observational(self, argument: Argument) -> bool:
+        if argument.name in self.binding.concrete:
+            # It has no missing values, and the model needs those that it has.
+            return False
         return any(d in self.binding.dims for s in argument.sources for d in s.dims)
 
     def row_ndim(self, name: str, ndim: int) -> int:

@@ -8,7 +8,7 @@ itself: a task of dask's for every cut cost more than the draws of a small block
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -23,8 +23,9 @@ from dask.highlevelgraph import HighLevelGraph
 from xr_aimz.inputs import Inputs
 from xr_aimz.labels import label_words
 
-__all__ = ["Dims", "Operand", "operands"]
+__all__ = ["KINDS", "Dims", "Operand", "operands"]
 
+KINDS = ("keys", "words", "array", "latent", "labels")
 Dims = tuple[str | None, ...]
 # Of the keys: the last axes, of sites and of the two words of a key, are no dims of a block's.
 _KEYS: Dims = ("chain", "draw", None, None)
@@ -36,9 +37,9 @@ class Operand:
 
     Parameters
     ----------
-    kind : {"keys", "words", "array", "latent"}
+    kind : {"keys", "words", "array", "latent", "labels"}
     name : str
-        Of its kind: a source key, a site, or the dim of the words.
+        Of its kind: a source key, a site, or the dim of the words or labels.
     dims : tuple of str or None
         None for an axis that every block has whole, whatever a Dataset's dims are called.
     array : dask.array.Array
@@ -65,6 +66,7 @@ def operands(
     site_keys: np.ndarray,
     cut_dims: tuple[str, ...],
     chunks: Mapping[str, tuple[int, ...]],
+    labelled: Iterable[str] = (),
 ) -> list[Operand]:
     """The operands of blocks, lazy where they are lazy.
 
@@ -77,11 +79,14 @@ def operands(
         Whose words a block needs.
     chunks : mapping of dim to tuple of int
         Of the blocks, along chain and draw too.
+    labelled : iterable of str
+        The dims whose labels, or positions where there are none, a block needs as well.
     """
     found: list[tuple[str, str, Dims, Any]] = [("keys", "", _KEYS, site_keys)]
     found += [("words", d, (d, None), _words(d, inputs, chunks[d])) for d in cut_dims]
     for kind, arrays in (("array", inputs.arrays), ("latent", latents)):
         found += [(kind, n, tuple(map(str, a.dims)), a.data) for n, a in arrays.items()]
+    found += [("labels", d, (d,), _labels(d, inputs, chunks)) for d in labelled]
     return [_operand(*each, chunks) for each in found]
 
 
@@ -111,6 +116,13 @@ def _pieces(wanted: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[tuple[
         chunk = bisect_right(starts, start) - 1
         first = start - starts[chunk]
         yield chunk, slice(first, first + length)
+
+
+def _labels(dim: str, inputs: Inputs, chunks: Mapping[str, tuple[int, ...]]) -> Any:
+    if dim in inputs.labels:
+        return xr.IndexVariable(dim, inputs.labels[dim]).values
+    size = inputs.sizes[dim]
+    return da.arange(size, chunks=(chunks.get(dim, (size,)),))
 
 
 def _words(dim: str, inputs: Inputs, chunks: tuple[int, ...]) -> Any:

@@ -17,8 +17,8 @@ from numpyro import handlers
 
 from xr_aimz.axes import shape_in_model
 from xr_aimz.binding import arrange, block_of
+from xr_aimz.casting import device_dtype
 from xr_aimz.dataflow import dependencies
-from xr_aimz.device import device_dtype
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Program
 from xr_aimz.model import tracing

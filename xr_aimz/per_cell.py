@@ -8,7 +8,7 @@ memory, or in a store (:mod:`xr_aimz.shelf`). No value depends on the blocks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -22,11 +22,12 @@ from tqdm.auto import tqdm
 from xr_aimz import keys
 from xr_aimz.binding import Binding, block_of
 from xr_aimz.bound import Bound
-from xr_aimz.device import device_dtype, to_device_dtype
+from xr_aimz.casting import device_dtype, to_device_dtype
 from xr_aimz.infer.cells import NO_DATA, CellMethod
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.labels import label_words
 from xr_aimz.options import get_options
+from xr_aimz.requirements import Requirement, check_values, label_part, resize
 from xr_aimz.tiles import Cells, Tiles, tiles
 
 __all__ = ["Memory", "Place", "Plan", "Shelf", "fit_cells", "plan_cells"]
@@ -167,13 +168,17 @@ def _block(bound: Bound, made: Tiles) -> tuple[int, ...]:
     return tuple(size.values())
 
 
-def fit_cells(plan: Plan, shelf: Shelf, *, progress: bool) -> Draws:
+def fit_cells(
+    plan: Plan, shelf: Shelf, requirements: Iterable[Requirement], *, progress: bool
+) -> Draws:
     """Fit every cell that the shelf does not hold yet.
 
     Parameters
     ----------
     plan : Plan
     shelf : Shelf
+    requirements : iterable of Requirement
+        What the values of lazy arrays must satisfy, block by block.
     progress : bool
 
     Returns
@@ -181,9 +186,15 @@ def fit_cells(plan: Plan, shelf: Shelf, *, progress: bool) -> Draws:
     Draws
         Samples and stats ``(chain, draw, *per, ...)``, as the shelf has them.
     """
+    per, inputs = plan.bound.binding.per, plan.bound.inputs
+    blocks = {**inputs.sizes, **dict(zip(per, shelf.block, strict=True))}
+    checks = resize(requirements, blocks)
     with tqdm(total=prod(plan.sizes), desc="cells", disable=not progress) as bar:
         for place in plan.places(shelf.block):
             loaded = _load(plan.bound, place)
+            check_values(
+                checks, label_part(inputs, loaded, dict(zip(per, place.slices, strict=True)))
+            )
             data = _digest(loaded)
             if not shelf.holds(place, data):
                 shelf.put(place, data, _fit_block(plan, place, loaded))

@@ -65,7 +65,7 @@ def plan(
         chunks = {d: inputs.chunks.get(d, (n,)) for d, n in sizes.items()}
     else:
         cells = max(int(limit / (per_cell * prod(shape))), _LEAST_CELLS)
-        chunks = _cut(sizes, binding.core_dims, cells)
+        chunks = _cut(sizes, binding.whole_dims, cells)
     block = prod(max(c) for c in chunks.values()) * per_cell
     chain, draw = _cut_draws(shape, max(int(limit / block), 1))
     return Plan(chunks, chain, draw)
@@ -93,13 +93,13 @@ def plan_cells(
     sizes = {d: inputs.sizes[d] for d in binding.cut_dims}
     per_cell = max(bytes_per_draw / max(prod(sizes.values()), 1), 1e-9) * prod(shape)
     whole = {d: inputs.chunks.get(d, (n,)) for d, n in sizes.items()}
-    chunks = finer(whole, binding.core_dims, int(limit / _COPIES / per_cell))
+    chunks = finer(whole, binding.whole_dims, int(limit / _COPIES / per_cell))
     lengths = {d: max(c) for d, c in chunks.items()}
     weight = prod(lengths.values()) * per_cell
     if weight > limit:
         raise BlockSizeError(
             f"a summary needs all draws of a cell in one task: {shape[0]} chains x {shape[1]} "
-            f"draws of a block of {lengths!r}, the smallest with core_dim={binding.core_dims!r} "
+            f"draws of a block of {lengths!r}, the smallest with {binding.whole_dims!r} "
             f"whole, weigh {weight:.3g} bytes, and block_bytes is {limit}; take fewer draws, "
             f"draws=..., or allow more, xr_aimz.set_options(block_bytes={_COPIES * int(weight)})"
         )

@@ -69,6 +69,10 @@ class Fit:
     lineage : mapping of str to str
         What every result of this fit carries in its attrs, beside ``aimz_fit`` (the token),
         ``aimz_seed`` and ``aimz_versions``.
+    data_sd : Dataset
+        The standard deviation of each variable over the data of the fit, with the dims ``per``:
+        what rounding to 32 bits is compared with in a prediction. Without the variables of draws
+        made elsewhere for a lazy Dataset.
     """
 
     model: Callable
@@ -88,6 +92,7 @@ class Fit:
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     versions: Mapping[str, str] = field(default_factory=dict, repr=False)
     lineage: Mapping[str, str] = field(default_factory=dict, repr=False)
+    data_sd: xr.Dataset = field(default_factory=xr.Dataset, repr=False)
 
     @cached_property
     def token(self) -> str:
@@ -134,7 +139,7 @@ class Fit:
             )
         further = {"draws": draws, "seed": seed, "sampled_from": self.token}
         options = {**self.options, **further}
-        found = self.more(draws, seed)
+        found = replace(self.more(draws, seed), data_sd=self.data_sd)
         return replace(found, options=options, versions=self.versions, lineage=self.lineage)
 
     def save(self, store: Any, *, mode: str = "w-") -> None:

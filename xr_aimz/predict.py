@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from xr_aimz.concrete import check_sizes
 from xr_aimz.errors import DimensionError, MissingVariableError, OptionError
 from xr_aimz.evaluation import Evaluation, evaluate
 from xr_aimz.given import Condition, conditioned, resolved
@@ -192,6 +193,7 @@ def log_likelihood(
             f"{sorted(map(str, ds.variables))!r}"
         )
     inputs = gather(fit.binding, ds, outcomes=True)
+    check_sizes(fit.binding, inputs)
     posterior = _thinned(fit.posterior, draws)
     assumed = _observation_dims(fit, assume_independent)
     wanted = Evaluation(
@@ -222,9 +224,11 @@ def asked(ds: xr.Dataset, fit: Fit, question: Question) -> Evaluation:
     """What is to be evaluated: all that is set, given or new is among its arrays."""
     if question.new_labels not in ("raise", "sample"):
         raise OptionError(f"new_labels={question.new_labels!r}: there are {('raise', 'sample')!r}")
+    inputs = gather(fit.binding, ds, outcomes=False)
+    check_sizes(fit.binding, inputs)
     wanted = Evaluation(
         fit,
-        gather(fit.binding, ds, outcomes=False),
+        inputs,
         _thinned(fit.posterior, question.draws),
         predictive,
         _chosen(fit, question.sites),

@@ -17,7 +17,7 @@ import xarray as xr
 from xr_aimz.assembly import assemble
 from xr_aimz.binding import arrange, block_of
 from xr_aimz.bound import Bound, bind
-from xr_aimz.device import device_dtype
+from xr_aimz.casting import device_dtype
 from xr_aimz.errors import ModelError, OptionError
 from xr_aimz.infer.problem import Draws
 from xr_aimz.lineage import drawn_with

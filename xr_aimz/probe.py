@@ -147,9 +147,7 @@ def _read_by_model(inputs: Inputs) -> dict[str, xr.DataArray]:
     return {key: a for key, a in inputs.arrays.items() if not key.startswith(given)}
 
 
-def _in_memory(
-    latents: Mapping[str, xr.DataArray], inputs: Inputs
-) -> dict[str, xr.DataArray]:
+def _in_memory(latents: Mapping[str, xr.DataArray], inputs: Inputs) -> dict[str, xr.DataArray]:
     """The draws that a probe can be made of: not those that only some of the cells have."""
     return {
         name: array

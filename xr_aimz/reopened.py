@@ -71,7 +71,7 @@ class Reopened:
 
     def __call__(self, draws: int, seed: int) -> Fit:
         origin = self.what.origin
-        problem, arrays = problem_of(self.bound, streamed=origin.kind == "batches")
+        problem, arrays, _ = problem_of(self.bound, streamed=origin.kind == "batches")
         given = self.method
         if problem.model is not self.bound.model:
             given = for_masked(given, self.bound, problem.model)

@@ -113,6 +113,8 @@ def _spec(fit: Any, box: _Box) -> dict[str, Any]:
     }
     if fit.losses is not None:
         groups["losses"] = fit.losses.to_dataset(name="loss")
+    if fit.data_sd.data_vars:
+        groups["data_sd"] = fit.data_sd
     return {
         "format": FORMAT,
         "token": fit.token,
@@ -155,8 +157,11 @@ def _binding(binding: Binding, box: _Box) -> dict[str, Any]:
         n: box.pack(v, "constants", f"constant {n!r}") for n, v in binding.constants.items()
     }
     labels = {d: box.index(d, index) for d, index in binding.labels.items()}
+    concrete = {n: box.pack(v, "concrete", f"argument {n!r}") for n, v in binding.concrete.items()}
     return {
         "arguments": [_argument(a, box) for a in binding.arguments],
+        # A key that only such fits have: others are as the first release wrote them.
+        **({"concrete": concrete} if concrete else {}),
         "constants": constants,
         "dims": list(binding.dims),
         "core_dims": list(binding.core_dims),

@@ -21,8 +21,9 @@ from dask.base import compute
 
 from xr_aimz.batches import Batches, Deck, Visit, batches, decks
 from xr_aimz.binding import Binding
-from xr_aimz.device import device_dtype, to_device_dtype
+from xr_aimz.casting import device_dtype, to_device_dtype
 from xr_aimz.inputs import Inputs
+from xr_aimz.requirements import Requirement, check_values, label_part, label_whole, resize
 
 __all__ = ["Stream", "ahead", "stream"]
 
@@ -47,6 +48,8 @@ class Stream:
     kept : mapping of source key to array
         All others, where they fit into one window: on the device, in the order of ``decks``.
     decks : mapping of dim to Deck
+    requirements : tuple of Requirement
+        What the values of a window must satisfy.
     """
 
     inputs: Inputs
@@ -56,6 +59,7 @@ class Stream:
     static: Arrays = field(default_factory=dict)
     kept: Arrays | None = None
     decks: Mapping[str, Deck] = field(default_factory=dict)
+    requirements: tuple[Requirement, ...] = ()
 
     @property
     def batched(self) -> dict[str, tuple[str, ...]]:
@@ -76,11 +80,26 @@ class Stream:
         """
         if self.kept is not None:
             return self.kept
-        return _read(self, visit, {d: self.batches.longest(d) for d in self.batches.sizes})
+        found = _read(self, visit, {d: self.batches.longest(d) for d in self.batches.sizes})
+        if self.requirements:
+            # Less the padding of a window that is shorter than others.
+            rows = {d: self.positions(visit, d) for d in self.batches.sizes}
+            lengths = {d: slice(0, len(own)) for d, own in rows.items()}
+            arrays = {
+                k: a[tuple(lengths.get(d, slice(None)) for d in self.inputs.dims[k])]
+                for k, a in {**self.static, **found}.items()
+            }
+            check_values(self.requirements, label_part(self.inputs, arrays, rows))
+        return found
 
 
 def stream(
-    binding: Binding, inputs: Inputs, sizes: Mapping[str, int], budget: int, seed: int
+    binding: Binding,
+    inputs: Inputs,
+    sizes: Mapping[str, int],
+    budget: int,
+    seed: int,
+    requirements: tuple[Requirement, ...] = (),
 ) -> Stream:
     """Plan the windows, and load what every one of them needs.
 
@@ -94,6 +113,8 @@ def stream(
         Bytes. Data of no more are kept; else windows of a quarter stream, and some four times
         the budget is in memory with the one being read.
     seed : int
+    requirements : tuple of Requirement
+        What the values of lazy arrays must satisfy.
     """
     names = {s.key: s.name for a in binding.arguments for s in a.sources}
     weights = []
@@ -107,9 +128,13 @@ def stream(
     still = [k for k in inputs.arrays if k not in bare.batched]
     static = _on_device(_computed(names, {k: [inputs.arrays[k].data] for k in still}))
     if not made.resident:
-        return replace(bare, static=static, first={**static, **_first(bare)})
+        windows = {**inputs.sizes, **{d: made.longest(d) for d in sizes}}
+        first = {**static, **_first(bare)}
+        checks = resize(requirements, windows)
+        return replace(bare, static=static, first=first, requirements=checks)
     loaded = _computed(names, {k: [inputs.arrays[k].data] for k in bare.batched})
     whole = {k: pieces[0] for k, pieces in loaded.items()}
+    check_values(requirements, label_whole(inputs, {**static, **whole}))
     order = decks(made, seed)
     kept = {k: _dealt(whole[k], dims, order) for k, dims in bare.batched.items()}
     first = {

@@ -51,8 +51,20 @@ def targets_of(name: str, binding: Binding, sites: Mapping[str, Site]) -> tuple[
     if not readings:
         raise _unknown(name, binding, sites)
     found = readings.pop()
+    _check_arguments(name, found, binding)
     _check_sites(name, found, binding, sites)
     return found
+
+
+def _check_arguments(name: str, targets: tuple[Target, ...], binding: Binding) -> None:
+    keys = {t.name for t in targets if t.kind == "array"}
+    for argument in (a for a in binding.arguments if a.name in binding.concrete):
+        if keys & {s.key for s in argument.sources}:
+            raise InterventionError(
+                f"do={{{name!r}: ...}}: the model reads the values of argument {argument.name!r} "
+                "in Python, where nothing that is set reaches it. Use jax.numpy on it, so that "
+                "the model takes any values, and fit anew"
+            )
 
 
 def _argument(name: str, binding: Binding) -> tuple[Target, ...]:

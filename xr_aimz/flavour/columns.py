@@ -137,7 +137,8 @@ def columns_of(fit: Fit) -> Columns:
     names = Counter([*(c.dim for c in labels), *(c for v in variables for c in v.columns)])
     if twice := [name for name, count in names.items() if count > 1]:
         raise same_name(twice)
-    return Columns(tuple(labels), variables, binding.core_dims)
+    core = tuple(d for d in binding.core_dims if d in binding.cut_dims)
+    return Columns(tuple(labels), variables, core)
 
 
 def labels_at_fit(fit: Fit, dim: str) -> pd.Index | None:

@@ -11,7 +11,7 @@ from numpyro.infer import autoguide
 
 from xr_aimz.axes import shape_in_model
 from xr_aimz.binding import arrange, block_of
-from xr_aimz.device import device_dtype
+from xr_aimz.casting import device_dtype
 from xr_aimz.errors import ModelError, OptionError
 from xr_aimz.infer.problem import Problem
 from xr_aimz.infer.scaled import batched_dims

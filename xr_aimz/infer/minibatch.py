@@ -109,7 +109,8 @@ def run(
     check_model(problem, sizes)
     file = Checkpoint(settings.checkpoint)
     stored = file.read()
-    data = stream(binding, inputs, sizes, get_options()["block_bytes"], seed)
+    budget = get_options()["block_bytes"]
+    data = stream(binding, inputs, sizes, budget, seed, problem.requirements)
     # The keys of a full-batch fit: its draws and this one's are of the same kind.
     start, sample = jax.random.split(jax.random.key(seed))
     ready = training(problem, made, data, start)

@@ -12,6 +12,7 @@ from xr_aimz.binding import Binding
 from xr_aimz.further import Origin
 from xr_aimz.inputs import Inputs
 from xr_aimz.model import Block, Site
+from xr_aimz.requirements import Requirement
 
 __all__ = ["Draws", "Problem"]
 
@@ -21,7 +22,8 @@ class Problem:
     """A model and the arguments it is to be fitted to.
 
     ``arguments`` are arrays and constants by name, outcomes included. Where the data stream
-    in batches there are none: they come from ``inputs``, by way of ``binding``.
+    in batches there are none: they come from ``inputs``, by way of ``binding``, and what lazy
+    ones must satisfy is among the ``requirements``.
     """
 
     model: Callable
@@ -30,6 +32,7 @@ class Problem:
     sites: Mapping[str, Site]
     binding: Binding | None = None
     inputs: Inputs | None = None
+    requirements: tuple[Requirement, ...] = ()
 
     def named(self, kind: str) -> list[str]:
         return [name for name, site in self.sites.items() if site.kind == kind]
