@@ -349,7 +349,7 @@ def test_a_cell_has_no_plate_over_per(ds):
             level = numpyro.sample("level", dist.Normal(0, 1))
         numpyro.sample("y", dist.Normal(level + x, 1), obs=y)
 
-    with pytest.raises(DimensionError, match="no dimension 'lat'"):
+    with pytest.raises(DimensionError, match="'lat' is in per="):
         quiet(ds, plated)
 
 

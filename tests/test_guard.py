@@ -221,7 +221,7 @@ def test_a_coupling_is_found_though_the_data_do_not_show_it(x):
 
 @pytest.mark.parametrize("offset", [0.0, 273.15, 2.9e5])
 def test_a_small_coupling_is_found_far_from_zero(offset):
-    ds = DS.assign(x=DS.x + offset)
+    ds = DS.assign(x=(DS.x + offset).astype(np.float32))
     assert verdict(normal(lambda b, x, z: b * (x - 1e-4 * x.mean(0))), ds=ds) == ("time",)
 
 
@@ -405,7 +405,7 @@ def test_rounding_is_no_coupling(of):
     if of in (sums, sums_in_32_bits):
         assert verdict(of, posterior=w, variables={"X": "wide"}) == ()
     else:
-        assert verdict(of, ds=DS.assign(x=DS.x + 2.9e5)) == ()
+        assert verdict(of, ds=DS.assign(x=(DS.x + 2.9e5).astype(np.float32))) == ()
 
 
 def test_a_model_of_32_bits_is_judged_in_those():
@@ -718,14 +718,14 @@ def test_a_model_that_couples_cells_is_not_fitted_in_batches(of):
 def test_batches_of_a_model_without_a_proof_need_it_said():
     of = in_batches(lambda b, x, z: b * jnp.where(jnp.any(x > 1e9), 2 * x, x))
     fit = DS.aimz.fit(of, **BATCHED, assume_independent="time")
-    assert fit.options["assume_independent"] == ["time"]
+    assert fit.options["assume_independent"] == "time"
     with pytest.raises(ModelError, match="couples cells along 'time'"):
         DS.aimz.fit(
             in_batches(COUPLED["mean along time"][0]), **BATCHED, assume_independent="time"
         )
-    with pytest.raises(OptionError, match=r"assume_independent='time' goes with batch="):
+    with pytest.raises(OptionError, match=r"'assume_independent'.*go with batches"):
         DS.aimz.fit(of, method="svi", steps=20, assume_independent="time")
-    with pytest.raises(DimensionError, match=r"assume_independent='t'.*'time', 'lat'"):
+    with pytest.raises(DimensionError, match=r"assume_independent=\['t'\].*'time', 'lat'"):
         DS.aimz.fit(of, **BATCHED, assume_independent="t")
 
 

@@ -7,7 +7,10 @@ import numpyro.distributions as dist
 import pandas as pd
 import pytest
 import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
 
+import xr_aimz
 from xr_aimz.bound import bind
 from xr_aimz.errors import DimensionError, LabelError
 from xr_aimz.inputs import common_chunks, gather
@@ -91,10 +94,17 @@ def test_dims_that_are_not_observed_take_the_order_of_the_fit(ds):
     assert (turned.aimz.predict(fit, sites="first")["first"].compute() == 1.0).all()
 
 
-@pytest.mark.parametrize("bands", [["red"], ["red", "green"]])
-def test_dims_that_are_not_observed_have_the_labels_of_the_fit(ds, binding, bands):
-    other = ds.isel(band=slice(len(bands))).assign_coords(band=bands)
-    with pytest.raises(LabelError, match=r"'band'.*'blue'"):
+@pytest.mark.parametrize(
+    ("bands", "at_fault"),
+    [
+        (["red"], r"lacks 1 of the 2 labels of 'band'.*\['blue'\].*\.sel\(band="),
+        (["red", "green"], r"1 labels of 'band'.*never saw, \['green'\].*new_labels='sample'"),
+        (["red", "blue", "red"], r"labels of 'band' more than once, \['red'\]"),
+    ],
+)
+def test_dims_that_are_not_observed_have_the_labels_of_the_fit(ds, binding, bands, at_fault):
+    other = ds.isel(band=[0, 1, 0][: len(bands)]).assign_coords(band=bands)
+    with pytest.raises(LabelError, match=at_fault):
         gather(binding, other, outcomes=False)
 
 
@@ -160,3 +170,76 @@ def test_a_multiindex_is_a_set_of_labels(ds):
     # The sum of the levels' words addresses a cell, so stacking moves no draw.
     unstacked = got.unstack("point").transpose(*whole.dims)
     np.testing.assert_allclose(unstacked.values, whole.values, rtol=1e-5)
+
+
+# Labels of a dimension that no array of the model has.
+
+
+def vectors(x, y=None):
+    mean = numpyro.sample(
+        "mean", dist.Normal(0, 1).expand([3]).to_event(1), infer={"event_dims": ["species"]}
+    )
+    numpyro.sample("y", dist.Normal(mean + x[..., None], 1).to_event(1), obs=y)
+
+
+SPECIES = np.array(["ash", "fir", "oak"])
+
+
+@pytest.fixture(scope="module")
+def trees():
+    rng = np.random.default_rng(0)
+    ds = xr.Dataset(
+        {"x": ("time", rng.normal(size=4)), "y": (("time", "species"), rng.normal(size=(4, 3)))},
+        {"time": range(4), "species": SPECIES, "height": ("species", [20.0, 50.0, 40.0])},
+    )
+    return ds, ds.aimz.from_posterior(vectors, {"mean": rng.normal(size=(2, 3, 3))})
+
+
+@given(st.lists(st.sampled_from(range(3)), min_size=1, max_size=4), st.booleans())
+def test_a_known_part_of_an_event_is_that_part_of_the_whole(trees, places, chunked):
+    ds, fit = trees
+    some = ds.isel(species=places)
+    some = some.chunk(time=2) if chunked else some
+    found = some.aimz.predict(fit, sites=["y", "mean"])
+    expected = ds.aimz.predict(fit, sites=["y", "mean"]).sel(species=SPECIES[places])
+    xr.testing.assert_allclose(found.drop_attrs(), expected.drop_attrs(), rtol=1e-5)
+    assert found.height.values.tolist() == some.height.values.tolist()
+
+
+def test_one_of_them_may_be_a_scalar(trees):
+    ds, fit = trees
+    found = ds.isel(species=1).aimz.predict(fit)
+    assert found.y.dims == ("chain", "draw", "time")
+    assert found.species.item() == "fir"
+    assert found.height.item() == 50.0
+    expected = ds.aimz.predict(fit).isel(species=1)
+    xr.testing.assert_allclose(found.drop_attrs(), expected.drop_attrs(), rtol=1e-5)
+
+
+def test_a_density_has_all_of_them(trees):
+    ds, fit = trees
+    with pytest.raises(LabelError, match=r"lacks 1 of the 3 labels of 'species'.*\['fir'\]"):
+        ds.isel(species=[0, 2]).aimz.log_likelihood(fit)
+    with pytest.raises(LabelError, match=r"1 labels of 'species'.*\['elm'\].*new_labels='sample'"):
+        ds.isel(species=[0]).assign_coords(species=["elm"]).aimz.predict(fit)
+
+
+def test_an_index_may_count_among_either_labels():
+    """Codes of a subset made anew would be another firm's: not guessed at."""
+
+    def model(code, y=None):
+        with xr_aimz.plate("firm"):
+            level = numpyro.sample("level", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(level[code], 1e-3), obs=y)
+
+    ds = xr.Dataset(
+        {"code": ("row", [0, 1, 2, 0]), "y": ("row", np.zeros(4))}, {"firm": ["GE", "HP", "IBM"]}
+    )
+    fit = ds.aimz.from_posterior(model, {"level": np.array([[[1.0, 2.0, 3.0]]])})
+    rows = ds.isel(row=[0, 2])
+    np.testing.assert_allclose(rows.aimz.predict(fit).y[0, 0], [1, 3], atol=0.02)
+    part = rows.isel(firm=[0, 2])
+    anew = part.assign(code=("row", [0, 1]))
+    for other in (part, anew):
+        with pytest.raises(LabelError, match=r"lacks 1 of the 3.*\['HP'\].*index, which counts"):
+            other.aimz.predict(fit)

@@ -357,7 +357,7 @@ def test_a_model_that_observes_nothing(ds):
 def test_an_outcome_that_is_not_bound(ds):
     refusal(
         lambda: ds.drop_vars("y").aimz.fit(line),
-        errors.ModelError,
+        errors.BindingError,
         ValueError,
         "line",
         "'y'",
@@ -535,7 +535,7 @@ def test_integers_that_jax_cannot_hold(ds, fit, value):
 
 
 def test_integers_that_jax_can_hold_pass(ds, fit):
-    fits = ds.assign(x=("time", np.array([0, 1, 2**31 - 1, 2, -(2**31)], np.int64)))
+    fits = ds.assign(x=("time", np.array([0, 1, 2**31 - 128, 2, -(2**31)], np.int64)))
     assert fits.aimz.predict(fit).y.notnull().all()
 
 
@@ -587,4 +587,115 @@ def test_another_order_of_labels_just_works(grid, local):
     assert got.lat.values.tolist() == [20.0, 10.0]
     xr.testing.assert_allclose(
         got.sortby(["time", "lat"]).drop_attrs(), expected.drop_attrs(), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "meant"),
+    [
+        (lambda ds, fit: ds.aimz.fit(line, {"x": "xx"}), "MissingVariableError", "'x' by 'xx'"),
+        (lambda ds, fit: ds.aimz.fit(line, {"X": "x"}), "BindingError", "'x' by 'X'"),
+        (lambda ds, fit: ds.rename(x="X").aimz.fit(line), "BindingError", "'X' by 'x'"),
+        (lambda ds, fit: ds.aimz.fit(line, dim="tiem"), "DimensionError", "'time' by 'tiem'"),
+        (lambda ds, fit: ds.aimz.fit(line, core_dim="Time"), "DimensionError", "'time' by 'Time'"),
+        (lambda ds, fit: ds.aimz.fit(line, per="tme"), "DimensionError", "'time' by 'tme'"),
+        (lambda ds, fit: ds.aimz.fit(line, layout="gird"), "BindingError", "'grid' by 'gird'"),
+        (lambda ds, fit: ds.aimz.fit(line, method="nust"), "OptionError", "'nuts' by 'nust'"),
+        (
+            lambda ds, fit: ds.aimz.fit(line, per="time", method="lapalce"),
+            "OptionError",
+            "'laplace' by 'lapalce'",
+        ),
+        (
+            lambda ds, fit: ds.aimz.fit(line, method="svi", batch={"tim": 2}),
+            "DimensionError",
+            "'time' by 'tim'",
+        ),
+        (
+            lambda ds, fit: ds.rename(time="tme").aimz.predict(fit),
+            "DimensionError",
+            "'tme' by 'time'",
+        ),
+        (
+            lambda ds, fit: ds.aimz.predict(fit, sites="slpoe"),
+            "MissingVariableError",
+            "'slope' by 'slpoe'",
+        ),
+        (
+            lambda ds, fit: ds.aimz.predict(fit, do={"slop": 1.0}),
+            "MissingVariableError",
+            "'slope' by 'slop'",
+        ),
+        (
+            lambda ds, fit: ds.aimz.intervene(fit, {"sloep": 1.0}),
+            "MissingVariableError",
+            "'slope' by 'sloep'",
+        ),
+        (
+            lambda ds, fit: ds.aimz.predict(fit, condition={"Y": 1.0}),
+            "MissingVariableError",
+            "'y' by 'Y'",
+        ),
+        (
+            lambda ds, fit: ds.aimz.predict(fit, condition={"y": "yy"}),
+            "MissingVariableError",
+            "'y' by 'yy'",
+        ),
+        (
+            lambda ds, fit: ds.rename(y="Y").aimz.log_likelihood(fit),
+            "MissingVariableError",
+            "'Y' by 'y'",
+        ),
+        (
+            lambda ds, fit: ds.aimz.predict(fit, new_labels="smaple"),
+            "OptionError",
+            "'sample' by 'smaple'",
+        ),
+        (
+            lambda ds, fit: ds.aimz.intervene(fit, {"x": 1.0}, contrast="diference"),
+            "OptionError",
+            "'difference' by 'diference'",
+        ),
+        (
+            lambda ds, fit: ds.aimz.predict(fit, summary=["maen"]),
+            "OptionError",
+            "'mean' by 'maen'",
+        ),
+        (
+            lambda ds, fit: xr_aimz.set_options(progres=True),
+            "OptionError",
+            "'progress' by 'progres'",
+        ),
+    ],
+)
+def test_a_misspelled_name_is_told_which_is_meant(ds, fit, call, error, meant):
+    with pytest.raises(getattr(errors, error)) as caught:
+        call(ds, fit)
+    said = str(caught.value)
+    right, _, wrong = meant.partition(" by ")
+    assert wrong in said
+    # Where nothing else has the name, it says how to bind it.
+    assert f"did you mean {meant}?" in said or f"variables={{{wrong}: {right}}}" in said
+
+
+def test_labels_that_are_new_may_be_drawn(grid, local):
+    beyond = grid.assign_coords(lat=[10.0, 30.0])
+    refusal(
+        lambda: beyond.aimz.predict(local),
+        errors.LabelError,
+        ValueError,
+        "30.0",
+        "new_labels='sample'",
+    )
+    assert beyond.aimz.predict(local, new_labels="sample").sizes["lat"] == 2
+
+
+@pytest.mark.parametrize("variables", ["x", ["x", "y"], {"x"}])
+def test_variables_are_a_mapping(ds, variables):
+    refusal(
+        lambda: ds.aimz.fit(line, variables),
+        errors.BindingError,
+        ValueError,
+        repr(variables),
+        "['x', 'y']",
     )

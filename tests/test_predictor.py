@@ -16,6 +16,7 @@ import strategies
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpyro.contrib.control_flow import scan
 
 import xr_aimz
 from xr_aimz import device, errors
@@ -615,3 +616,25 @@ def test_what_was_found_of_one_model_is_not_taken_for_anothers():
     for rows in (1, 8):
         with pytest.raises(errors.ModelError, match="couples cells along 'time'"):
             other.predict(table.iloc[:rows])
+
+
+def test_rows_of_a_recursion_without_its_past_are_refused():
+    def walk(x, y=None):
+        phi = numpyro.sample("phi", dist.Normal(0, 1))
+
+        def step(before, now):
+            x, y = now
+            y = numpyro.sample("y", dist.Normal(phi * before + x, 0.1), obs=y)
+            return y, None
+
+        scan(step, 0.0, (x, y))
+
+    ds = xr.Dataset({n: ("time", np.ones(6)) for n in "xy"}, {"time": np.arange(2000, 2006)})
+    fit = ds.aimz.from_posterior(walk, {"phi": np.full((1, 3), 0.5)}, core_dim="time")
+    rows = pd.DataFrame({"time": np.arange(2000, 2008), "x": 1.0})
+    predictor = Predictor(fit)
+    whole = predictor.predict(rows)
+    np.testing.assert_allclose(predictor.predict(rows.head(3)), whole.head(3), **CLOSE)
+    for part in (rows.tail(2), rows.iloc[[0, 1, 3]]):
+        with pytest.raises(errors.LabelError, match="'y' is made step by step along 'time'"):
+            predictor.predict(part)

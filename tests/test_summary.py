@@ -295,3 +295,36 @@ def test_what_has_no_draws_is_refused(ds, draws):
     words = xr.Dataset({"word": (DRAWS, np.array([["a", "b"]]))})
     with pytest.raises(DtypeError, match="'word' has dtype <U1"):
         words.aimz.summary()
+
+
+def test_statistics_may_be_given_one_by_one_in_a_list_or_by_name(draws):
+    expected = draws.aimz.summary(("mean", 0.5, "prob>0.5"))
+    for found in (
+        draws.aimz.summary("mean", 0.5, "prob>0.5"),
+        draws.aimz.summary(["mean", 0.5], "prob>0.5"),
+        draws.aimz.summary(statistics=["mean", 0.5, "prob>0.5"]),
+        xr_aimz.summary(draws, "mean", 0.5, "prob>0.5"),
+        xr_aimz.summary(draws, statistics=("mean", [0.5, "prob>0.5"])),
+        xr_aimz.summary(draws, np.array(["mean"]), np.array(0.5), "prob>0.5"),
+    ):
+        xr.testing.assert_identical(found, expected)
+    xr.testing.assert_identical(draws.aimz.summary(), xr_aimz.summary(draws))
+    assert "site_quantile" in draws.rename(tas="site").aimz.summary()
+
+
+def test_a_prediction_takes_them_as_a_summary_does(ds, fit):
+    nested = ds.aimz.predict(fit, summary=["mean", ["std", 0.5]])
+    xr.testing.assert_identical(
+        nested.compute().drop_attrs(),
+        ds.aimz.predict(fit, summary=("mean", "std", 0.5)).compute().drop_attrs(),
+    )
+
+
+def test_statistics_are_given_in_one_place_and_by_name(draws):
+    with pytest.raises(OptionError, match=r"\('mean',\) and statistics='std'"):
+        draws.aimz.summary("mean", statistics="std")
+    with pytest.raises(OptionError, match=r"summary=.*'maen'.*did you mean 'mean'"):
+        draws.aimz.summary("maen")
+    for nothing in ([], [[]]):
+        with pytest.raises(OptionError, match="names no statistic"):
+            draws.aimz.summary(statistics=nothing)

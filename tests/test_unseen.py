@@ -245,18 +245,34 @@ def test_a_scan_cannot_begin_or_be_cut_before_its_new_steps(states, labels):
         ds.aimz.predict(states, new_labels="sample")
 
 
-def test_a_scan_that_runs_backwards_is_refused():
-    def model(t, y=None):
+def test_sites_in_a_scan_that_runs_backwards_are_refused():
+    """NumPyro gave state 0 the draws that belong to the last y."""
+
+    def model(t, y=None, reverse=True):
         def step(before, now):
             state = numpyro.sample("state", dist.Normal(before, 1))
             numpyro.sample("y", dist.Normal(state, 1), obs=now)
             return state, None
 
-        scan(step, 0.0, y, length=t.shape[0], reverse=True)
+        scan(step, 0.0, y, length=t.shape[0], reverse=reverse)
 
-    fit = series(2).aimz.from_posterior(model, {"state": np.ones((1, 2, 2))}, core_dim="time")
-    with pytest.raises(ModelError, match="reverse=True"):
-        series(3).aimz.predict(fit, new_labels="sample")
+    draws = {"state": np.ones((1, 2, 2))}
+    with pytest.raises(ModelError, match=r"\['state', 'y'\] are in a scan with reverse=True"):
+        series(2).aimz.from_posterior(model, draws, core_dim="time")
+    # The remedy: labels go with their values.
+    turned = series(2).isel(time=slice(None, None, -1))
+    fit = turned.aimz.from_posterior(model, draws, {"reverse": False}, core_dim="time")
+    assert turned.aimz.predict(fit).time.values.tolist() == [2001, 2000]
+
+
+def test_a_scan_without_sites_may_run_backwards():
+    def model(t, y=None):
+        b = numpyro.sample("b", dist.Normal(0, 1))
+        _, after = scan(lambda s, now: (s + now, s), 0.0, t, reverse=True)
+        numpyro.sample("y", dist.Normal(b + after, 1e-3), obs=y)
+
+    fit = series(3).aimz.from_posterior(model, {"b": np.zeros((1, 2))}, core_dim="time")
+    np.testing.assert_allclose(series(3).aimz.predict(fit).y[0, 0], [3, 2, 0], atol=0.02)
 
 
 def test_a_scan_that_goes_on_is_not_cut():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from xr_aimz.fit import fit
     from xr_aimz.from_posterior import from_posterior
     from xr_aimz.loading import load_fit
-    from xr_aimz.model import plate
+    from xr_aimz.plates import plate
     from xr_aimz.posterior import Fit
     from xr_aimz.predict import log_likelihood, predict
     from xr_aimz.prior import prior_predictive
@@ -58,7 +58,7 @@ _ROOMS = {
     "load_fit": "loading",
     "log_likelihood": "predict",
     "open_zarr": "store",
-    "plate": "model",
+    "plate": "plates",
     "predict": "predict",
     "prior_predictive": "prior",
     "summary": "summary",

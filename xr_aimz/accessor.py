@@ -68,11 +68,11 @@ class AimzAccessor:
 
         return describe(self._ds, model_or_fit, variables, **options)
 
-    def summary(self, *statistics: Any) -> xr.Dataset:
+    def summary(self, *names: Any, statistics: Any = None) -> xr.Dataset:
         """Statistics over chains and draws. See :func:`xr_aimz.summary`."""
         from xr_aimz.summary import summary
 
-        return summary(self._ds, *statistics)
+        return summary(self._ds, *names, statistics=statistics)
 
     def to_zarr(self, store: Any, **options: Any) -> xr.Dataset:
         """Stream this Dataset to Zarr and reopen it. See :func:`xr_aimz.to_zarr`."""

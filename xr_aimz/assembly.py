@@ -169,8 +169,9 @@ def _losses(drawn: Draws, per: tuple[str, ...], cells: Mapping[str, Any]) -> xr.
 
 
 def _group(arrays: Mapping[str, xr.DataArray]) -> xr.Dataset:
-    # A variable that bears a dimension's name is that dimension's coordinate already.
-    return xr.Dataset({n: a for n, a in arrays.items() if n not in a.dims})
+    # A variable that bears a dimension's name is that dimension's coordinate.
+    coords = {n: a for n, a in arrays.items() if n in a.dims}
+    return xr.Dataset({n: a for n, a in arrays.items() if n not in coords}, coords)
 
 
 def concerns_of(fitted: Fit) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ position against the outcome's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -29,6 +29,7 @@ __all__ = [
     "shape_in_dataset",
     "shape_in_model",
     "with_dims",
+    "with_lengths",
 ]
 
 TABLE = "__table__"
@@ -39,6 +40,8 @@ _PRIMES = (101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167,
 def probe_sizes(binding: Binding, sizes: Mapping[str, int]) -> dict[str, int]:
     """The sizes of a probe: a length of its own for each observation dimension."""
     free = [p for p in _PRIMES if p not in sizes.values()]
+    # Far from the sizes themselves, so that half of a length is another half too.
+    free.sort(key=lambda p: min((abs(p - n) for n in sizes.values()), default=0), reverse=True)
     return {**sizes, **dict(zip(binding.dims, free, strict=False))}
 
 
@@ -58,6 +61,52 @@ def with_dims(
         moved = _moved(site, probe.get(site.name), lengths, probe_lengths)
         found.append(replace(site, dims=_dims(site, moved, binding, sizes, lengths, around)))
     return tuple(found)
+
+
+def with_lengths(
+    sites: tuple[Site, ...],
+    probed: tuple[Site, ...] | None,
+    binding: Binding,
+    sizes: Mapping[str, int],
+    trace: Callable[[Mapping[str, int]], tuple[Site, ...] | None],
+) -> tuple[Site, ...]:
+    """The sites with their ``lengths`` filled in, from the probe and one more trace a dim.
+
+    Parameters
+    ----------
+    sites : tuple of Site
+        With their dims.
+    probed : tuple of Site, optional
+        Those of the probe.
+    binding : Binding
+    sizes : mapping of dim to int
+    trace : callable
+        Traces the model on other sizes; None for those that it does not run on.
+    """
+    probe = {s.name: s for s in probed or ()}
+    latents = [s for s in sites if s.kind == "latent" and s.name in probe]
+    derived = {s.name for s in latents if _has_other_lengths(s, probe[s.name], binding)}
+    if not derived:
+        return sites
+    probe_lengths = probe_sizes(binding, sizes)
+    lengths: dict[str, set[str]] = {name: set() for name in derived}
+    for dim in binding.dims:
+        longer = trace({**sizes, dim: probe_lengths[dim]})
+        by_name = None if longer is None else {s.name: s for s in longer}
+        for site in (s for s in latents if s.name in derived):
+            other = None if by_name is None else by_name.get(site.name)
+            # A model that does not run when this dim alone changes may go by it.
+            if other is None or _has_other_lengths(site, other, binding):
+                lengths[site.name].add(dim)
+    return tuple(replace(s, lengths=frozenset(lengths.get(s.name, ()))) for s in sites)
+
+
+def _has_other_lengths(site: Site, other: Site, binding: Binding) -> bool:
+    """Whether an axis that is no dimension of the Dataset has another length in ``other``."""
+    if len(site.shape) != len(other.shape):
+        return True
+    axes = zip(site.dims, site.shape, other.shape, strict=True)
+    return any(n != m and dim not in (*binding.dims, TABLE) for dim, n, m in axes)
 
 
 def _lengths(binding: Binding, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -20,6 +20,8 @@ import numpy as np
 from xr_aimz.binding import Binding
 from xr_aimz.errors import DimensionError, OptionError
 from xr_aimz.inputs import Inputs
+from xr_aimz.spelling import list_names
+from xr_aimz.whole_numbers import parse_count
 
 __all__ = ["Batches", "Deck", "Visit", "batch_sizes", "batches", "decks", "epoch"]
 
@@ -149,7 +151,8 @@ def batch_sizes(batch: Any, binding: Binding, inputs: Inputs) -> dict[str, int]:
             )
         if dim not in free:
             raise DimensionError(
-                f"batch={batch!r}: {dim!r} is no observation dimension; there are {free!r}"
+                f"batch={batch!r}: {dim!r} is no observation dimension; there are "
+                f"{list_names(free, dim)}"
             )
         if size > inputs.sizes[dim]:
             raise OptionError(
@@ -174,11 +177,13 @@ def _leading(batch: Any, free: list[str], lengths: Mapping[str, int]) -> dict[st
 
 
 def _check_int(batch: Any, size: Any) -> None:
-    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+    try:
+        parse_count("batch", size)
+    except OptionError:
         raise OptionError(
             f"batch={batch!r}: a size is an int of at least 1; give a number of observations, "
             "or a mapping of dims to sizes"
-        )
+        ) from None
 
 
 def batches(sizes: Mapping[str, int], inputs: Inputs, weights: Any, budget: int) -> Batches:

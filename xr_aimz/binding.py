@@ -20,6 +20,8 @@ import xarray as xr
 
 from xr_aimz.errors import BindingError, DimensionError, MissingVariableError
 from xr_aimz.model import Block, Parameter
+from xr_aimz.plates import FEATURE
+from xr_aimz.spelling import list_names
 
 __all__ = [
     "FEATURE",
@@ -36,7 +38,6 @@ __all__ = [
     "resolve",
 ]
 
-FEATURE = "feature"
 LAYOUTS = ("grid", "table")
 
 
@@ -156,7 +157,8 @@ def find(ds: xr.Dataset, name: str, argument: str) -> xr.DataArray:
         there = sorted(map(str, [*ds.data_vars, *ds.coords]))
         raise MissingVariableError(
             f"argument {argument!r} is bound to {name!r}, and the Dataset has no such variable "
-            f"or coordinate; it has {there!r}. Rename one, or say variables={{{argument!r}: ...}}"
+            f"or coordinate; it has {list_names(there, name)}. Rename one, or say "
+            f"variables={{{argument!r}: ...}}"
         ) from None
 
 
@@ -168,12 +170,18 @@ def resolve(
     An argument in ``variables`` is bound as it says; any other to the variable of its own
     name; one with a default needs neither.
     """
+    if variables is not None and not isinstance(variables, Mapping):
+        raise BindingError(
+            f"variables={variables!r} is a {type(variables).__name__}: give a mapping of the "
+            f"model's arguments, {[p.name for p in parameters]!r}, to names of variables, lists "
+            "of names, DataArrays or constants"
+        )
     variables = dict(variables or {})
     unknown = [name for name in variables if name not in {p.name for p in parameters}]
     if unknown:
         raise BindingError(
             f"variables={unknown!r}: the model has no such argument; "
-            f"it has {[p.name for p in parameters]!r}"
+            f"it has {list_names([p.name for p in parameters], unknown)}"
         )
     bound, constants, missing = [], {}, []
     for parameter in parameters:
@@ -190,7 +198,8 @@ def resolve(
         there = sorted(map(str, [*ds.data_vars, *ds.coords]))
         raise BindingError(
             f"arguments {missing!r} of the model are bound to nothing: the Dataset has "
-            f"{there!r}. Say variables={{{missing[0]!r}: 'a name, a DataArray or a constant'}}"
+            f"{list_names(there, missing)}. Say variables={{{missing[0]!r}: 'a name, a DataArray "
+            "or a constant'}"
         )
     return tuple(bound), constants
 
@@ -242,7 +251,8 @@ def observation_dims(
         absent = [d for d in dims if d not in known]
         if absent:
             raise DimensionError(
-                f"dim={absent!r}: the Dataset has no such dimension; it has {sorted(known)!r}"
+                f"dim={absent!r}: the Dataset has no such dimension; it has "
+                f"{list_names(sorted(known), absent)}"
             )
         return dims
     candidates = [a for a in arguments if a.outcome] or list(arguments)
@@ -343,4 +353,5 @@ def block_of(binding: Binding, sizes: Mapping[str, int]) -> Block:
     table = binding.layout == "table"
     places = {d: -1 if table else i - rank for i, d in enumerate(binding.dims)}
     seen = {d: n for d, n in sizes.items() if d not in binding.per}
-    return Block(seen, places, table)
+    stacked = {a.name: len(a.sources) for a in binding.arguments if a.stacked}
+    return Block(seen, places, table, binding.per, stacked)

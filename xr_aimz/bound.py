@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import jax
 import xarray as xr
 
-from xr_aimz.axes import probe_sizes, with_dims
+from xr_aimz.axes import probe_sizes, with_dims, with_lengths
 from xr_aimz.binding import (
     LAYOUTS,
     Argument,
@@ -27,7 +26,6 @@ from xr_aimz.binding import (
     observation_dims,
     resolve,
 )
-from xr_aimz.casting import device_dtype
 from xr_aimz.concrete import find_concrete, resize_values, with_values
 from xr_aimz.errors import BindingError, DimensionError, ModelError
 from xr_aimz.inputs import Inputs, gather
@@ -40,6 +38,8 @@ from xr_aimz.model import (
     read_by,
     trace_sites,
 )
+from xr_aimz.outcomes import check_observed_values, check_outcome_bound, make_structs
+from xr_aimz.spelling import list_names, suggest
 
 __all__ = ["Bound", "bind"]
 
@@ -82,13 +82,15 @@ def bind(
     BindingError, MissingVariableError, DimensionError, ModelError
     """
     if layout not in LAYOUTS:
-        raise BindingError(f"layout={layout!r}: there are {LAYOUTS!r}")
+        raise BindingError(f"layout={layout!r}: there are {list_names(LAYOUTS, [layout])}")
     signature = parameters(model)
     arguments, constants = resolve(ds, signature, variables)
     optional = {p.name for p in signature if not p.required and p.default is None}
     marked = tuple(replace(a, outcome=a.name in optional) for a in arguments)
     core = (core_dim,) if isinstance(core_dim, str) else tuple(core_dim or ())
     cells = (per,) if isinstance(per, str) else tuple(per or ())
+    if known is None:
+        check_outcome_bound(ds, _name(model), signature, marked, constants)
     _check_per(ds, marked, cells, core, dim)
     make = partial(_binding, ds, constants=constants, dim=dim, core=core, layout=layout, per=cells)
     bound = _settle(ds, model, marked, make, dim)
@@ -98,6 +100,7 @@ def bind(
     else:
         bound = _with_unknowns(bound, signature, known)
         _check_dims_known(bound, dim)
+    check_observed_values(model, bound.binding, bound.inputs, bound.sites)
     bound = _named(bound)
     _check_names(bound)
     _check_constants(bound)
@@ -122,7 +125,7 @@ def _binding(
     if strangers:
         raise DimensionError(
             f"core_dim={strangers!r} is not among the observation dimensions {dims!r}, nor a "
-            f"dimension of an argument; those have {sorted(known)!r}"
+            f"dimension of an argument; those have {sorted(known)!r}{suggest(known, strangers)}"
         )
     labels = labels_of(ds, arguments, per + dims)
     return Binding(arguments, constants, dims, core, layout, labels, per)
@@ -152,7 +155,7 @@ def _check_per(
                 scalar = [d for d in absent if d in ds.coords and ds[d].ndim == 0]
                 raise DimensionError(
                     f"per={absent!r}: the outcome {source.name!r} has no such dimension, it has "
-                    f"{source.dims!r}"
+                    f"{source.dims!r}{suggest(source.dims, absent)}"
                     + (f"; give it back with ds.expand_dims({scalar!r})" if scalar else "")
                 )
 
@@ -165,24 +168,23 @@ def _settle(
     dim: Any,
     concrete: frozenset[str] = frozenset(),
 ) -> Bound:
-    """The first binding, by number of event dimensions, that its own trace agrees with.
-
-    ``concrete`` are arguments whose values the model reads.
-    """
-    outcomes = [a for a in arguments if a.outcome]
-    per = make(arguments, 0).per
-    most = max((len(set(s.dims) - set(per)) for a in outcomes for s in a.sources), default=0)
+    """The first number of event dims that its trace agrees with; values of ``concrete`` passed."""
+    most = _most_event_dims(arguments, make(arguments, 0).per)
     first_error: Exception | None = None
     for event_ndim in range(1 if dim is not None else most + 1):
-        binding = make(arguments, event_ndim)
-        inputs = gather(binding, ds, outcomes=True)
-        binding = with_values(binding, inputs, concrete)
         try:
+            binding = make(arguments, event_ndim)
+        except DimensionError as error:
+            # Of a core_dim that would be an event's: the model's own error says more.
+            first_error = first_error or error
+            break
+        inputs = gather(binding, ds, outcomes=True)
+        try:
+            binding = with_values(binding, inputs, concrete)
             bound, reached = _traced(model, binding, inputs)
         except Exception as error:
             trace = partial(_trace_cell, model, inputs)
-            read = None if concrete else find_concrete(trace, binding, inputs)
-            if read:
+            if not concrete and (read := find_concrete(trace, binding, inputs)):
                 return _settle(ds, model, arguments, make, dim, read)
             # The model's own error; another number of event dims may suit it better.
             first_error = first_error or error
@@ -192,13 +194,18 @@ def _settle(
             return _settle(ds, model, flagged, make, dim, concrete)
         if dim is not None or _agrees(bound, event_ndim):
             return bound
-    if first_error is not None:
-        _note_absent(first_error, ds, model, arguments)
-        raise first_error
-    raise ModelError(
-        "no number of event dimensions of the outcome agrees with its site's distribution; "
-        "say which dims are observations: dim=(...)"
-    )
+    if first_error is None:
+        raise ModelError(
+            "no number of event dimensions of the outcome agrees with its site's distribution; "
+            "say which dims are observations: dim=(...)"
+        )
+    _note_absent(first_error, ds, model, arguments)
+    raise first_error
+
+
+def _most_event_dims(arguments: tuple[Argument, ...], per: tuple[str, ...]) -> int:
+    dims = [set(s.dims) - set(per) for a in arguments if a.outcome for s in a.sources]
+    return max(map(len, dims), default=0)
 
 
 def _note_absent(
@@ -211,7 +218,7 @@ def _note_absent(
         there = sorted(map(str, [*ds.data_vars, *ds.coords]))
         error.add_note(
             f"xr_aimz: arguments {absent!r} were left to their defaults, for the Dataset has no "
-            f"such variables; it has {there!r}. If one is meant, say "
+            f"such variables; it has {list_names(there, absent)}. If one is meant, say "
             f"variables={{{absent[0]!r}: ...}}"
         )
 
@@ -221,7 +228,7 @@ def _traced(model: Callable, binding: Binding, inputs: Inputs) -> tuple[Bound, s
     cell = inputs.of_cell(binding.per)
     block = block_of(binding, cell.sizes)
     arranged = partial(arrange, binding, dims=cell.dims, block=block)
-    structs = _structs(cell, cell.sizes)
+    structs = make_structs(cell, cell.sizes)
     sites = {s.name: s for s in _trace_cell(model, inputs, binding)}
     through = observed_through(model, arranged, structs, block) if structs else {}
     reads = read_by(model, arranged, structs, block) if structs else {}
@@ -246,14 +253,7 @@ def _trace_cell(model: Callable, inputs: Inputs, binding: Binding) -> tuple[Site
     cell = inputs.of_cell(binding.per)
     block = block_of(binding, cell.sizes)
     arranged = partial(arrange, binding, dims=cell.dims, block=block)
-    return trace_sites(model, arranged, _structs(cell, cell.sizes), block)
-
-
-def _structs(inputs: Inputs, sizes: Mapping[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        name: jax.ShapeDtypeStruct(tuple(sizes[str(d)] for d in a.dims), device_dtype(a.dtype))
-        for name, a in inputs.arrays.items()
-    }
+    return trace_sites(model, arranged, make_structs(cell, cell.sizes), block)
 
 
 def _agrees(bound: Bound, event_ndim: int) -> bool:
@@ -267,7 +267,7 @@ def _agrees(bound: Bound, event_ndim: int) -> bool:
 
 
 def _check_observed(bound: Bound, signature: tuple[Parameter, ...], observed: list[Site]) -> None:
-    model = getattr(bound.model, "__name__", repr(bound.model))
+    model = _name(bound.model)
     if not observed:
         absent = [p.name for p in signature if p.name not in _bound_names(bound)]
         raise ModelError(
@@ -280,6 +280,10 @@ def _check_observed(bound: Bound, signature: tuple[Parameter, ...], observed: li
             "outcome is an argument whose default is None, def model(X, y=None), so that a "
             "prediction can leave it out"
         )
+
+
+def _name(model: Callable) -> str:
+    return getattr(model, "__name__", repr(model))
 
 
 def _bound_names(bound: Bound) -> set[str]:
@@ -317,15 +321,12 @@ def _named(bound: Bound) -> Bound:
     """The sites with their dims, from a second trace on a probe where the model allows one."""
     binding, inputs = bound.binding, bound.inputs.of_cell(bound.binding.per)
     sizes = probe_sizes(binding, inputs.sizes)
-    block = block_of(binding, sizes)
-    resized = resize_values(binding, inputs, sizes)
-    arranged = partial(arrange, resized, dims=inputs.dims, block=block)
-    try:
-        probed = trace_sites(bound.model, arranged, _structs(inputs, sizes), block)
-    except Exception:
-        # Sizes are written into the model: its axes are matched by position instead.
-        probed = None
+    # None where sizes are written into the model: its axes are matched by position instead.
+    probed = _traced_at(bound.model, binding, inputs, sizes)
     sites = with_dims(tuple(bound.sites.values()), probed, binding, inputs.sizes)
+    sites = with_lengths(
+        sites, probed, binding, inputs.sizes, partial(_traced_at, bound.model, binding, inputs)
+    )
     labels = {
         d: inputs.labels[d]
         for site in sites
@@ -337,6 +338,20 @@ def _named(bound: Bound) -> Bound:
     }
     binding = replace(binding, labels={**binding.labels, **labels})
     return replace(bound, binding=binding, sites={s.name: s for s in sites})
+
+
+def _traced_at(
+    model: Callable, binding: Binding, inputs: Inputs, sizes: Mapping[str, int]
+) -> tuple[Site, ...] | None:
+    """The sites on a Dataset of those sizes; None if the model does not run on them."""
+    block = block_of(binding, sizes)
+    resized = resize_values(binding, inputs, sizes)
+    arranged = partial(arrange, resized, dims=inputs.dims, block=block)
+    try:
+        return trace_sites(model, arranged, make_structs(inputs, sizes), block)
+    except Exception:
+        # Whatever a model raises on sizes that it was not made for.
+        return None
 
 
 def _check_names(bound: Bound) -> None:

@@ -7,15 +7,16 @@ integers first, by a difference say, is exact, and left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
 
 from xr_aimz.binding import block_of
+from xr_aimz.dataflow import inner_programs, open_program
 from xr_aimz.device import trace
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Dims, Program, reading
@@ -104,19 +105,10 @@ def _through(equation: Any, given: _Marks, found: set[str]) -> _Marks:
         return [given[0]]
     if name in _KEEP_VALUES:
         return [frozenset().union(*given[_KEEP_VALUES[name]])] * outputs
-    inner = list(_programs(equation.params))
     every = frozenset[str]().union(*given)
     made: set[str] = set()
-    for program in inner:
-        aligned = given if len(program.invars) == len(given) else [every] * len(program.invars)
-        made |= set().union(*_follow(program, aligned, found))
+    for program in inner_programs(equation):
+        jaxpr, _ = open_program(program)
+        aligned = given if len(jaxpr.invars) == len(given) else [every] * len(jaxpr.invars)
+        made |= set().union(*_follow(jaxpr, aligned, found))
     return [frozenset(made)] * outputs
-
-
-def _programs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
-    for value in params.values():
-        for each in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(each, ClosedJaxpr):
-                yield each.jaxpr
-            elif isinstance(each, Jaxpr):
-                yield each

@@ -15,8 +15,11 @@ import xarray as xr
 
 from xr_aimz.axes import dims_in_dataset, shape_in_model
 from xr_aimz.bound import Bound, bind
+from xr_aimz.failures import explain
 from xr_aimz.inputs import gather
+from xr_aimz.kinds import check_dataset
 from xr_aimz.labelling import result_name
+from xr_aimz.outcomes import explain_need_of_outcome, trace_without_outcomes
 from xr_aimz.posterior import Fit
 
 __all__ = ["Description", "describe"]
@@ -80,13 +83,35 @@ def describe(
     -------
     Description
         Arguments with their variables, dims, dtype and units; dimensions with size, role
-        and chunks; sites with distribution, plates, dims and bytes a draw. Nothing is
-        computed.
+        and chunks; sites with distribution, plates, dims and bytes a draw; what will not work,
+        where a model needs its outcome to predict. Nothing is computed.
 
     Examples
     --------
-    >>> ds.aimz.describe(model)  # doctest: +SKIP
+    >>> import numpy as np, numpyro, numpyro.distributions as dist, xarray as xr, xr_aimz
+    >>> def trend(co2, tas=None):
+    ...     slope = numpyro.sample("slope", dist.Normal(0, 1))
+    ...     numpyro.sample("tas", dist.Normal(slope * co2, 0.1), obs=tas)
+    >>> co2 = np.linspace(0, 1, 30)
+    >>> ds = xr.Dataset({"co2": ("year", co2), "tas": ("year", 2 * co2)})
+    >>> ds.aimz.describe(trend)
+    trend on a Dataset with dims {'year': 30}, layout 'grid'
+    <BLANKLINE>
+    arguments
+      argument  is       bound to  dims  dtype    units
+      co2       input    co2       year  float64
+      tas       outcome  tas       year  float64
+    <BLANKLINE>
+    dimensions
+      dimension  size  role         chunks
+      year       30    observation  whole
+    <BLANKLINE>
+    sites
+      site   is           distribution  plates  dims  bytes a draw
+      slope  latent       Normal                      4 B
+      tas    outcome tas  Normal                year  120 B
     """
+    check_dataset(ds, "describe")
     if isinstance(model_or_fit, Fit):
         fit = model_or_fit
         inputs = gather(fit.binding, ds, outcomes=False)
@@ -95,9 +120,20 @@ def describe(
         names: dict[str, Any] = {"dim": dim, "core_dim": core_dim, "layout": layout, "per": per}
         bound = bind(ds, model_or_fit, variables, **names)
     name = getattr(bound.model, "__name__", repr(bound.model))
+    tables = {
+        "arguments": _arguments(bound),
+        "dimensions": _dimensions(bound),
+        "sites": _sites(bound),
+    }
+    failure = trace_without_outcomes(bound.model, bound.binding, bound.inputs)
+    if failure is not None:
+        why = explain_need_of_outcome(failure, bound.binding)
+        if isinstance(model_or_fit, Fit):
+            why = explain(model_or_fit, bound.inputs, bound.inputs.sizes, failure)
+        tables["what will not work"] = (("call", "why"), [("predict", why)])
     return Description(
         f"{name} on a Dataset with dims {dict(ds.sizes)!r}, layout {bound.binding.layout!r}",
-        {"arguments": _arguments(bound), "dimensions": _dimensions(bound), "sites": _sites(bound)},
+        tables,
     )
 
 

@@ -20,8 +20,9 @@ from jax.sharding import Mesh, PartitionSpec
 from xr_aimz.fingerprint import RecentlyUsed, program_fingerprint
 from xr_aimz.kernel import Call
 from xr_aimz.model import Block, tracing
+from xr_aimz.scans import recursion_lengths
 
-__all__ = ["run", "trace", "traced"]
+__all__ = ["recursions_of", "run", "trace", "traced"]
 
 # A program takes 55 to 220 of the 65 530 mappings of memory that Linux lets a process have
 # (normal and Poisson outcomes, jax 0.10; half of that with 0.12).
@@ -29,6 +30,8 @@ _compiled = RecentlyUsed[Any](128)
 # The last traces, for a task of this process that compiles one: a model runs in Python each
 # time it is traced.
 _traces = RecentlyUsed[Any](16)
+# The lengths of the scans of programs that were traced.
+_recursions = RecentlyUsed[frozenset[int]](1024)
 # How many elements one step of the map over draws should have: measured on two cores, see
 # docs/decisions. Fewer leave XLA's threads idle, more do not fit the cache.
 _STEP_ELEMENTS = 2**18
@@ -56,8 +59,14 @@ def trace(
     with tracing(block):
         closed, outputs = jax.make_jaxpr(call, return_shape=True)(draw, shared)
         name = program_fingerprint(closed)
+        _recursions.put(name, recursion_lengths(closed))
         _traces.put((name, _avals((draw, shared))), (closed, outputs))
     return closed, outputs, name
+
+
+def recursions_of(name: str) -> frozenset[int] | None:
+    """The lengths of the scans and running sums of a program that :func:`traced` named."""
+    return _recursions.get(name)
 
 
 def run(

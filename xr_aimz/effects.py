@@ -17,10 +17,13 @@ import xarray as xr
 
 from xr_aimz.errors import OptionError
 from xr_aimz.given import Condition
+from xr_aimz.kinds import check_dataset, check_fit
 from xr_aimz.lineage import traced_to
 from xr_aimz.posterior import Fit
 from xr_aimz.predict import Question, answered, asked, attrs_of
+from xr_aimz.spelling import list_names
 from xr_aimz.unseen import check_draws
+from xr_aimz.whole_numbers import parse_seed
 
 __all__ = ["intervene"]
 
@@ -105,9 +108,21 @@ def intervene(
 
     Examples
     --------
-    >>> effect = ds.aimz.intervene(fit, {"co2": 280.0})  # doctest: +SKIP
-    >>> effect.tas.mean("time").quantile([0.05, 0.95], ("chain", "draw"))  # doctest: +SKIP
+    >>> import numpy as np, numpyro, numpyro.distributions as dist, xarray as xr, xr_aimz
+    >>> def trend(co2, tas=None):
+    ...     slope = numpyro.sample("slope", dist.Normal(0, 1))
+    ...     numpyro.sample("tas", dist.Normal(slope * co2, 0.1), obs=tas)
+    >>> co2 = np.linspace(0, 1, 30)
+    >>> ds = xr.Dataset({"co2": ("year", co2), "tas": ("year", 2 * co2)})
+    >>> fit = ds.aimz.from_posterior(trend, {"slope": np.full((4, 100), 2.0)})
+    >>> effect = ds.aimz.intervene(fit, {"co2": 0.0})
+    >>> effect.tas.mean(("chain", "draw")).isel(year=[0, -1]).values
+    array([ 0., -2.], dtype=float32)
+    >>> effect.tas.mean("year").compute().quantile([0.05, 0.95], ("chain", "draw")).values
+    array([-1., -1.])
     """
+    check_dataset(ds, "intervene")
+    check_fit(fit, "intervene")
     how = _contrast(contrast)
     question = Question(
         sites=sites,
@@ -116,7 +131,7 @@ def intervene(
         contrast=how.function,
         condition=condition,
         draws=draws,
-        seed=seed,
+        seed=parse_seed(seed),
         new_labels=new_labels,
         summary=summary,
         assume_independent=assume_independent,
@@ -127,7 +142,7 @@ def intervene(
     attrs = attrs_of(wanted)
     if how.function is not None:
         attrs = {name: how.attrs(name, old, on) for name, old in attrs.items()}
-    return traced_to(fit, answered(ds, wanted, attrs, f"intervene ({how.name})"), seed)
+    return traced_to(fit, answered(ds, wanted, attrs, f"intervene ({how.name})"), question.seed)
 
 
 @dataclass(frozen=True)
@@ -178,7 +193,7 @@ def _contrast(contrast: str | Callable | None) -> _Contrast:
         return _Contrast(name, contrast, f"{name} of {{of}} under {{on}} and baseline")
     if contrast not in _CONTRASTS:
         raise OptionError(
-            f"contrast={contrast!r}: there are {list(_CONTRASTS)!r}, a callable of (scenario, "
-            "baseline), and None"
+            f"contrast={contrast!r}: there are {list_names(_CONTRASTS, [contrast])}, a callable "
+            "of (scenario, baseline), and None"
         )
     return _CONTRASTS[contrast]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from math import prod
 from typing import Any
 
 import jax
@@ -17,16 +18,17 @@ import numpy as np
 import xarray as xr
 
 from xr_aimz import keys
-from xr_aimz.axes import dims_in_dataset, shape_in_model
+from xr_aimz.axes import dims_in_dataset, probe_sizes, shape_in_model
 from xr_aimz.binding import block_of
 from xr_aimz.blocks import Factory, Task, lazy_sites
 from xr_aimz.casting import device_dtype, to_device_dtype
 from xr_aimz.cell_results import in_cells
 from xr_aimz.concrete import check_not_cut
 from xr_aimz.dataflow import dependencies
-from xr_aimz.device import traced
+from xr_aimz.device import recursions_of, traced
 from xr_aimz.drawn_from import Drawing
 from xr_aimz.errors import ModelError
+from xr_aimz.failures import explain_failure
 from xr_aimz.guard import (
     Case,
     Verdict,
@@ -41,14 +43,15 @@ from xr_aimz.holes import may_have_holes, without_holes
 from xr_aimz.input_checks import collect_requirements
 from xr_aimz.inputs import Inputs
 from xr_aimz.interventions import Intervention
-from xr_aimz.ints import explained
-from xr_aimz.kernel import KNOWN, Program
+from xr_aimz.kernel import CONDITION, KNOWN, Program
 from xr_aimz.labelling import result_name
 from xr_aimz.labels import label_words
 from xr_aimz.model import Site, tracing
 from xr_aimz.options import get_options
+from xr_aimz.order import check_places, check_recursions
 from xr_aimz.plan import Plan, plan, plan_cells
 from xr_aimz.posterior import Fit
+from xr_aimz.recursion import Dependence, find_dependences
 from xr_aimz.reduction import Statistic, reduce, suffixed
 from xr_aimz.reduction import outputs as reduced
 from xr_aimz.requirements import check_in_memory, resize
@@ -107,7 +110,23 @@ class Evaluation:
         """What the distribution of each site is made from, as one cell of ``per`` sees it."""
         cell = self._cell
         sizes = cell.inputs.sizes
-        return origins(cell.program, sizes, *cell.structs(sizes, drawn=True))
+        with explain_failure(self.fit, self.inputs, sizes):
+            return origins(cell.program, sizes, *cell.structs(sizes, drawn=True))
+
+    def dependences(self, dim: str) -> Mapping[str, Dependence]:
+        """What the sites that are returned or drawn depend on along a dimension."""
+        conditions = {key for n in self.drawn for key in (CONDITION + n, KNOWN + n)}
+        arrays = {key: a for key, a in self.inputs.arrays.items() if key not in conditions}
+        sites = tuple(dict.fromkeys((*self.sites, *self.drawn)))
+        bare = replace(self, inputs=replace(self.inputs, arrays=arrays), sites=sites, under=None)
+        cell = bare._cell
+        probe = probe_sizes(cell.fit.binding, cell.inputs.sizes)
+        try:
+            return find_dependences(cell.program, probe, dim, *cell.structs(probe, drawn=True))
+        except Exception:
+            # Sizes are written into the model. On its own, two dims may be as long as each other.
+            sizes = cell.inputs.sizes
+            return find_dependences(cell.program, sizes, dim, *cell.structs(sizes, drawn=True))
 
     @property
     def _cell(self) -> Evaluation:
@@ -165,7 +184,7 @@ class Evaluation:
     def traced(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], str]:
         """Outputs for one draw of a block of those sizes, and the name of the program."""
         block = block_of(self.fit.binding, sizes)
-        with explained(self.fit, self.inputs):
+        with explain_failure(self.fit, self.inputs, sizes):
             return traced(self.factory(self.program, sizes), block, *self.structs(sizes))
 
     def padded(self, cut: Plan) -> dict[str, int]:
@@ -222,7 +241,11 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
             # A task would find it too; values in memory can be looked at now.
             to_device_dtype(key, array.values)
     lazily = check_in_memory(collect_requirements(fit, inputs, wanted.program), inputs)
+    check_places(fit, inputs, tuple(wanted.latents))
     structs, name = wanted.traced(inputs.sizes)
+    partly = [n for n in wanted.latents if KNOWN + n in inputs.arrays]
+    if _may_recur(wanted, name):
+        check_recursions(fit, inputs, wanted.sites, (*wanted.drawn, *partly), wanted.dependences)
     wanted = _without_holes(wanted, structs)
     weight = sum(o.size * o.dtype.itemsize for o in structs.values())
     planned = plan_cells if wanted.statistics else plan
@@ -250,6 +273,13 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
         requirements=resize(lazily, {**inputs.sizes, **padded}),
     )
     return _named(wanted, task, cut, outputs)
+
+
+def _may_recur(wanted: Evaluation, name: str) -> bool:
+    """Whether a traced program has a recursion as long as a dimension of the Dataset."""
+    lengths, sizes = recursions_of(name), wanted.inputs.sizes
+    along = [sizes[d] for d in wanted.fit.binding.dims]
+    return lengths is None or bool(lengths & {*along, prod(along)})
 
 
 def _site_keys(wanted: Evaluation) -> np.ndarray:
@@ -314,6 +344,14 @@ def _check_cut(wanted: Evaluation, cut: Plan) -> None:
     reads |= {n: pieces & set(map(str, a.dims)) for n, a in wanted.latents.items()}
     sites = {n: wanted.fit.sites[n] for n in wanted.drawn}
     reads |= {n: pieces & set(dims_in_dataset(s, wanted.fit.binding)) for n, s in sites.items()}
+    for name in wanted.latents:
+        if lengths := sorted(wanted.fit.sites[name].lengths & pieces):
+            raise ModelError(
+                f"latent site {name!r} has an axis of its own whose length the model makes from "
+                f"that of {lengths[0]!r}, which is cut into blocks: none of them has the whole "
+                f"length. Fit with core_dim={lengths[0]!r}, or give the site a value for each "
+                f"label: with xr_aimz.plate({lengths[0]!r})"
+            )
     # What a scan draws, all of its block depends on, asked for or not.
     partly = [n for n in wanted.latents if KNOWN + n in wanted.inputs.arrays]
     for name in dict.fromkeys((*wanted.sites, *wanted.drawn, *partly)):

@@ -28,12 +28,14 @@ from xr_aimz.conversions import find_converted
 from xr_aimz.errors import ConvergenceWarning, DimensionError, ModelError, OptionError
 from xr_aimz.gaps import cells_with_gaps, sample_with_gaps
 from xr_aimz.guard import Case, judge, raise_if_coupled
+from xr_aimz.infer import batchable
 from xr_aimz.infer.cells import CellMethod
 from xr_aimz.infer.methods import cell_inference, inference
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.infer.retarget import on_model
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Program
+from xr_aimz.kinds import check_model
 from xr_aimz.memory import check_fits
 from xr_aimz.missing import masked, prepare
 from xr_aimz.model import factor_inputs
@@ -43,8 +45,10 @@ from xr_aimz.posterior import Fit
 from xr_aimz.record import options_of, versions
 from xr_aimz.requirements import check_in_memory, check_values, label_whole
 from xr_aimz.shelf import Stored
+from xr_aimz.spelling import suggest
 from xr_aimz.supports import find_outcome_supports
 from xr_aimz.watch import watched
+from xr_aimz.whole_numbers import parse_seed
 
 __all__ = ["fit", "for_masked", "problem_of"]
 
@@ -202,53 +206,50 @@ def fit(
     >>> fitted.posterior.slope.dims
     ('chain', 'draw')
     """
+    seed = _checked(ds, model, seed, store, per)
     given = {"chains": chains, "warmup": warmup, "steps": steps, "optimizer": optimizer}
     given |= {"draws": draws, "init": init, "batch": batch, "epochs": epochs}
     given |= {"patience": patience, "checkpoint": checkpoint}
+    given["assume_independent"] = assume_independent
     asked = {name: value for name, value in given.items() if value is not None}
     bound_to = partial(bind, ds, model, variables, dim=dim, core_dim=core_dim, layout=layout)
     with watched() as told:
         if per:
             in_cell = cell_inference(model, method, asked)
             found = _fit_cells(bound_to(per=per), in_cell, seed, store, shows_progress(progress))
-            return told(_looked_at(_recorded(found, method, asked, seed)))
-        if store is not None:
-            raise OptionError(f"store={str(store)!r} goes with per=; other fits are in memory")
-        by = partial(inference, asked=asked, seed=seed, progress=shows_progress(progress))
-        infer = by(model, method)
-        bound = bound_to()
-        asked |= _check_batches(bound, batch, assume_independent)
-        found = _fit_whole(bound, method, by, infer, streamed=batch is not None)
+        else:
+            by = partial(inference, asked=asked, seed=seed, progress=shows_progress(progress))
+            found = _fit_whole(by(model, method), bound_to(), method, by, asked)
         return told(_looked_at(_recorded(found, method, asked, seed)))
 
 
-def _check_batches(bound: Bound, batch: Any, assume_independent: Any) -> dict[str, Any]:
-    """Refuse a model whose density of a batch depends on the observations that are not in it.
+def _checked(ds: Any, model: Any, seed: Any, store: Any, per: Any) -> int:
+    """The seed of a fit, of a Dataset and a model and nothing else."""
+    check_model(ds, model, "fit")
+    if store is not None and not per:
+        raise OptionError(f"store={str(store)!r} goes with per=; other fits are in memory")
+    return parse_seed(seed)
 
-    Returns what is assumed, as an option of the fit.
-    """
-    dims = assume_independent
-    assumed = (dims,) if isinstance(dims, str) else tuple(dims or ())
+
+def _check_batches(bound: Bound, batch: Any, assumed: tuple[str, ...]) -> None:
+    """Refuse a model whose density of a batch depends on the observations that are not in it."""
     binding, inputs = bound.binding, bound.inputs
-    if batch is None and assumed:
-        raise OptionError(
-            f"assume_independent={dims!r} goes with batch=; other fits see all of the data"
-        )
     if strange := [d for d in assumed if d not in binding.dims]:
         raise DimensionError(
-            f"assume_independent={dims!r}: {strange!r} is not among the observation dimensions "
-            f"{binding.dims!r}"
+            f"assume_independent={strange!r} is not among the observation dimensions "
+            f"{binding.dims!r}{suggest(binding.dims, strange)}"
         )
-    sizes = {} if batch is None else batch_sizes(batch, binding, inputs)
+    sizes = batch_sizes(batch, binding, inputs)
     check_not_cut(binding, sizes, f"by batch={batch!r}")
     blocks = {d: n for d, n in sizes.items() if n < inputs.sizes[d]}
     if blocks:
+        whole = block_of(binding, inputs.sizes)
+        batchable.check_model(Problem(bound.model, {}, whole, bound.sites, binding, inputs), sizes)
         drawn = tuple(n for n, s in bound.sites.items() if s.kind in ("latent", "observed"))
         program = Program(bound.model, binding.without_data(), bound.sites, inputs.dims, drawn)
         verdict = judge(Case(program, inputs, {}, {}), blocks, assumed)
         raise_if_coupled(verdict, drawn, [d for d in blocks if d not in assumed])
         _check_factors(bound, blocks)
-    return {"assume_independent": assumed} if assumed else {}
 
 
 def _check_factors(bound: Bound, dims: Collection[str]) -> None:
@@ -278,15 +279,17 @@ def _check_factors(bound: Bound, dims: Collection[str]) -> None:
 
 
 def _fit_whole(
+    infer: Infer,
     bound: Bound,
     method: Any,
     by: Callable[[Callable, Any], Infer],
-    infer: Infer,
-    *,
-    streamed: bool,
+    asked: Mapping[str, Any],
 ) -> Fit:
     """One fit of all the data, ``by`` a method on a model: a masked one where data are missing."""
-    problem, arrays, sd = problem_of(bound, streamed=streamed)
+    batch, assumed = asked.get("batch"), asked.get("assume_independent", ())
+    if batch is not None:
+        _check_batches(bound, batch, (assumed,) if isinstance(assumed, str) else tuple(assumed))
+    problem, arrays, sd = problem_of(bound, streamed=batch is not None)
     if problem.model is not bound.model:
         infer = by(problem.model, for_masked(method, bound, problem.model))
     return replace(labelled(bound, infer(problem), arrays), data_sd=sd)

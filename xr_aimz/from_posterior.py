@@ -19,6 +19,7 @@ from xr_aimz.errors import LabelError, ModelError
 from xr_aimz.infer.problem import Draws
 from xr_aimz.inputs import reordered
 from xr_aimz.kernel import Program
+from xr_aimz.kinds import check_model
 from xr_aimz.labelling import extra_labels, label, result_name
 from xr_aimz.posterior import Fit
 from xr_aimz.record import options_of, versions
@@ -57,6 +58,7 @@ def from_posterior(
     ModelError
         A latent site without draws.
     """
+    check_model(ds, model, "from_posterior")
     given = _with_draws(_as_dataset(posterior))
     bound = bind(
         ds, model, variables, dim=dim, core_dim=core_dim, layout=layout, known=_sites_in(given)
@@ -165,5 +167,6 @@ def _in_order(array: xr.DataArray, bound: Bound) -> xr.DataArray:
     """Dimensions that are not observed in the order of labels that the model knows."""
     for d, index in extra_labels(bound.binding).items():
         if d not in bound.binding.dims:
-            array = reordered(array, d, index, f"draws of {array.name!r} have labels")
+            own = f"the posterior of {array.name!r}"
+            array = reordered(array, d, index, own, f"give all labels of {d!r} that the model has")
     return array

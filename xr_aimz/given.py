@@ -28,6 +28,7 @@ from xr_aimz.inputs import Inputs, reordered
 from xr_aimz.kernel import CONDITION, KNOWN
 from xr_aimz.labelling import result_name
 from xr_aimz.model import Site
+from xr_aimz.spelling import list_names
 from xr_aimz.unseen import check_rounding
 from xr_aimz.upstream import Origin, check_told, step_dim
 
@@ -77,7 +78,8 @@ def _target(sites: Mapping[str, Site], binding: Binding, name: str) -> Site:
     outcomes = sorted(n for n, s in named.items() if s.kind == "observed")
     if site is None:
         raise MissingVariableError(
-            f"condition={name!r}: the model has no such site; its outcomes are {outcomes!r}"
+            f"condition={name!r}: the model has no such site; its outcomes are "
+            f"{list_names(outcomes, name)}"
         )
     if site.kind == "latent":
         raise ModelError(
@@ -97,7 +99,7 @@ def _as_array(ds: xr.Dataset, name: str, value: Any) -> xr.DataArray:
         if value not in ds.variables:
             raise MissingVariableError(
                 f"condition={name!r}: the Dataset has no variable {value!r}; it has "
-                f"{sorted(map(str, ds.variables))!r}. Give a DataArray, "
+                f"{list_names(sorted(map(str, ds.variables)), value)}. Give a DataArray, "
                 f"condition={{{name!r}: ...}}"
             )
         value = ds[value]
@@ -267,7 +269,8 @@ def _aligned(
     here, there = inputs.labels.get(dim), array.indexes.get(dim)
     if dim not in binding.cut_dims:
         index = binding.labels.get(dim)
-        array = array if index is None else reordered(array, dim, index, f"{what} has labels")
+        if index is not None:
+            array = reordered(array, dim, index, what, "give all that the fit had, and no others")
         size = dict(zip(site.dims, site.shape, strict=True)).get(dim, array.sizes[dim])
         here = there = None
     else:
@@ -296,7 +299,8 @@ def _placed(
     if (place < 0).all():
         raise LabelError(
             f"{what} has labels {list(there[:3])!r} ... on {dim!r}, and none of them is in the "
-            f"Dataset, which has {list(here[:3])!r} ...; nothing would be given"
+            f"Dataset, which has {list(here[:3])!r} ...; nothing would be given. For a forecast "
+            f"the Dataset has the past as well: xr.concat([past, future], {dim!r})"
         )
     check_rounding(f"{what} lacks labels of {dim!r}", dim, here[place < 0], there)
     array = array.isel({dim: np.maximum(place, 0)})

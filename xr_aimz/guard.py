@@ -272,7 +272,9 @@ def _read_traces(case: Case, blocks: Mapping[str, int]) -> tuple[Obstacle | None
         matter = evaluate.sources(whole, case.program.returns)
     except Exception as error:
         # Whatever a model may raise on the shapes of a block.
-        return Obstacle(f"on one of its blocks it raises {type(error).__name__}: {error}"), ""
+        return Obstacle(
+            f"on one of its blocks it raises {type(error).__name__}: {error}".rstrip(".")
+        ), ""
     return next((obstacles[n] for n in matter if obstacles[n] is not None), None), name
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -24,6 +25,7 @@ from xr_aimz.errors import (
     LabelError,
     UnitsError,
 )
+from xr_aimz.spelling import list_names
 
 __all__ = ["Inputs", "gather", "reordered"]
 
@@ -48,6 +50,8 @@ class Inputs:
         scalar again in results.
     chunks : mapping of dim to tuple of int
         How the Dataset is chunked along observation dims; empty for a numpy-backed one.
+    selection : mapping of dim to labels
+        Those that the Dataset has, where the model is given all that the fit had.
     """
 
     arrays: Mapping[str, xr.DataArray]
@@ -56,6 +60,7 @@ class Inputs:
     coords: xr.Dataset
     scalars: tuple[str, ...] = ()
     chunks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    selection: Mapping[str, Any] = field(default_factory=dict)
 
     def of_cell(self, per: tuple[str, ...]) -> Inputs:
         """What one cell of the dims ``per`` gives: the arrays that a model of it sees."""
@@ -91,7 +96,7 @@ def gather(binding: Binding, ds: xr.Dataset, *, outcomes: bool) -> Inputs:
     arguments = binding.arguments if outcomes else binding.inputs
     scalars = tuple(d for d in binding.cut_dims if d not in ds.dims and _is_scalar(ds, d))
     ds = ds.assign_coords({d: (d, ds[d].values[None], ds[d].attrs) for d in scalars})
-    ds = _in_order(binding, ds)
+    ds, selection = _in_order(binding, ds, arguments)
     _check_dims(binding, ds, arguments)
     arrays: dict[str, xr.DataArray] = {}
     for argument in arguments:
@@ -99,7 +104,7 @@ def gather(binding: Binding, ds: xr.Dataset, *, outcomes: bool) -> Inputs:
             arrays[source.key] = _fetch(binding, ds, argument, source, scalars)
     sizes = _sizes(ds, arrays)
     chunks = _chunks(binding, ds, arrays)
-    return Inputs(arrays, sizes, _labels(ds, arrays), _coords(ds), scalars, chunks)
+    return Inputs(arrays, sizes, _labels(ds, arrays), _coords(ds), scalars, chunks, selection)
 
 
 def _sizes(ds: xr.Dataset, arrays: Mapping[str, xr.DataArray]) -> dict[str, int]:
@@ -124,7 +129,8 @@ def _check_dims(binding: Binding, ds: xr.Dataset, arguments: tuple[Argument, ...
         if dim not in ds.dims and dim not in kept:
             raise DimensionError(
                 f"observation dimension {dim!r} is not in the Dataset, which has "
-                f"{sorted(map(str, ds.dims))!r}; rename one, or add it with expand_dims({dim!r})"
+                f"{list_names(sorted(map(str, ds.dims)), dim)}; rename one, or add it with "
+                f"expand_dims({dim!r})"
             )
         if dim in ds.dims and ds.sizes[dim] == 0:
             raise DimensionError(f"dimension {dim!r} is empty: there is nothing to compute on")
@@ -232,30 +238,81 @@ def _check_dtype(what: str, argument: Argument, source: Source, array: xr.DataAr
     )
 
 
-def _in_order(binding: Binding, ds: xr.Dataset) -> xr.Dataset:
-    """Dimensions that are not observed have the fit's own labels, in the fit's order."""
+def _in_order(
+    binding: Binding, ds: xr.Dataset, arguments: tuple[Argument, ...]
+) -> tuple[xr.Dataset, dict[str, Any]]:
+    """Dimensions that are not observed have the fit's own labels, in the fit's order.
+
+    Also the labels that the Dataset has of those of which the model takes no array: it sees
+    all of them, and results are selected. Not where it takes whole numbers: an index may count
+    among the Dataset's labels or among the fit's, and which of them it is cannot be known.
+    """
+    selection: dict[str, Any] = {}
+    sources = [s for a in arguments for s in a.sources]
+    may_index = any(_dtype_kind(ds, s) in "iu" for s in sources)
     for d, index in binding.labels.items():
-        ds = reordered(ds, d, index, f"dimension {d!r} has labels")
-    return ds
+        labels, is_scalar = ds.indexes.get(d), _is_scalar(ds, d)
+        as_input = any(d in s.dims for s in sources)
+        if may_index or as_input or isinstance(index, pd.MultiIndex):
+            ds = reordered(ds, d, index, "the Dataset")
+        elif is_scalar or (labels is not None and not labels.equals(index)):
+            selection[d] = ds[d].values
+            new = pd.Index(np.atleast_1d(selection[d])).difference(index, sort=False)
+            if len(new):
+                raise _unknown_labels("the Dataset", d, new)
+            along = [n for n, v in ds.variables.items() if d in v.dims or n == d]
+            ds = ds.drop_vars(along).assign_coords({d: index})
+    return ds, selection
 
 
-def reordered(labelled: Labelled, dim: str, index: pd.Index, what: str) -> Labelled:
+def _dtype_kind(ds: xr.Dataset, source: Source) -> str:
+    array = source.data if source.data is not None else ds.variables.get(source.name)
+    return "f" if array is None else array.dtype.kind
+
+
+def _unknown_labels(what: str, dim: str, new: pd.Index, remedy: str = "") -> LabelError:
+    fit_with_them = (
+        "new_labels='sample' draws latents for new labels of observation dimensions alone, and "
+        "this is none. Select labels that the fit saw, or fit with these"
+    )
+    return LabelError(
+        f"{what} has {len(new)} labels of {dim!r} that the fit never saw, {list(new[:3])!r} among "
+        f"them; {remedy or fit_with_them}"
+    )
+
+
+def reordered(
+    labelled: Labelled, dim: str, index: pd.Index, what: str, remedy: str = ""
+) -> Labelled:
     """The same labels in the order of ``index``; without labels, as it is.
 
     Raises
     ------
     LabelError
-        Other labels than those: ``what`` begins the sentence that says so.
+        Other labels than those: ``what`` begins the sentence that says so, and ``remedy`` says
+        what would work where some are lacking.
     """
     here = labelled.indexes.get(dim)
     if here is None or here.equals(index):
         return labelled
-    if len(here) != len(index) or len(index.difference(here)):
+    new, absent = here.difference(index, sort=False), index.difference(here, sort=False)
+    if not len(new) and not len(absent) and len(here) == len(index):
+        return labelled.sel({dim: index})
+    if len(new):
+        raise _unknown_labels(what, dim, new, remedy)
+    if not len(absent):
         raise LabelError(
-            f"{what} {list(here[:5])!r} on {dim!r}; the model knows {list(index[:5])!r} there and "
-            "no others: select those, or fit with these"
+            f"{what} has labels of {dim!r} more than once, "
+            f"{list(here[here.duplicated()][:3])!r} among them; give each once"
         )
-    return labelled.sel({dim: index})
+    all_of_them = (
+        "the model may combine them (by a sum, or an index, which counts among all of them), so "
+        f"give them all, in any order, and select from the result: .sel({dim}=...)"
+    )
+    raise LabelError(
+        f"{what} lacks {len(absent)} of the {len(index)} labels of {dim!r} that the fit had, "
+        f"{list(absent[:3])!r} among them; {remedy or all_of_them}"
+    )
 
 
 def _chunks(

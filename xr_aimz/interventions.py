@@ -16,8 +16,9 @@ import xarray as xr
 
 from xr_aimz.binding import Binding
 from xr_aimz.errors import InterventionError
+from xr_aimz.failures import explain_failure
 from xr_aimz.inputs import Inputs
-from xr_aimz.ints import explained, unread
+from xr_aimz.ints import unread
 from xr_aimz.paths import Parents, arrows_of, below
 from xr_aimz.posterior import Fit
 from xr_aimz.scenarios import Scenario, check_shown, scenarios
@@ -84,7 +85,7 @@ def intervention(
     if contrast is None and baseline is not None:
         check_shown(read)
     blank = unread(fit, inputs, read.replaced)
-    with explained(fit, inputs):
+    with explain_failure(fit, inputs, inputs.sizes):
         arrows = arrows_of(fit, inputs, {**inputs.arrays, **blank})
     for scenario in read.all:
         _check_reach(scenario, arrows, returns)

@@ -7,8 +7,7 @@ input that an intervention replaces everywhere is read by no world, and is an in
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import xarray as xr
@@ -16,37 +15,20 @@ import xarray as xr
 from xr_aimz.inputs import Inputs
 from xr_aimz.posterior import Fit
 
-__all__ = ["explained", "unread"]
-
-
-@contextmanager
-def explained(fit: Fit, inputs: Inputs) -> Iterator[None]:
-    """A model that fails on a dtype is told of the inputs that have become floats."""
-    try:
-        yield
-    except TypeError as error:
-        names = sorted(set(_floats_now(fit, inputs).values()))
-        if names:
-            filled = dict.fromkeys(names, 0)
-            error.add_note(
-                f"variables {names!r} were ints at the fit and are floats now, as ints with "
-                f"missing values (NaN) are: fill them, ds.fillna({filled!r}), make them ints by "
-                ".astype(int), and mask the result"
-            )
-        raise
+__all__ = ["ints_as_floats", "unread"]
 
 
 def unread(fit: Fit, inputs: Inputs, replaced: Collection[str]) -> Mapping[str, xr.DataArray]:
     """Those of the ``replaced`` arrays that were ints, as ints, of any value."""
     return {
         key: xr.zeros_like(inputs.arrays[key], np.int32)
-        for key in _floats_now(fit, inputs)
+        for key in ints_as_floats(fit, inputs)
         if key in replaced
     }
 
 
-def _floats_now(fit: Fit, inputs: Inputs) -> dict[str, str]:
-    """The keys of such inputs, and their variables' names."""
+def ints_as_floats(fit: Fit, inputs: Inputs) -> dict[str, str]:
+    """The keys of inputs that were ints and are floats, and their variables' names."""
     return {
         source.key: source.name
         for argument in fit.binding.inputs

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from numpyro import handlers
-from numpyro.primitives import Messenger
 
 from xr_aimz import keys
 from xr_aimz.axes import (
@@ -32,9 +31,10 @@ from xr_aimz.axes import (
 )
 from xr_aimz.binding import Binding, arrange, block_of
 from xr_aimz.blanks import blank
-from xr_aimz.errors import ModelError, RandomnessError
+from xr_aimz.errors import AimzError, ModelError, RandomnessError
 from xr_aimz.mapped import over_cells
-from xr_aimz.model import Block, Site
+from xr_aimz.model import Block, Site, locate
+from xr_aimz.scans import Forwards, step_key
 from xr_aimz.worlds import Forced, Worlds, across, dims_replaced, settings
 
 __all__ = [
@@ -117,12 +117,13 @@ def log_likelihood(program: Program, sizes: Mapping[str, int]) -> Call:
 
 
 def distributions(program: Program, sizes: Mapping[str, int]) -> Callable[..., dict[str, Any]]:
-    """The distribution of each of ``program.returns`` for one draw, on one block."""
+    """The distribution of each of ``program.returns``, or a deterministic's value."""
     block = block_of(program.binding, sizes)
 
     def call(draw: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
         trace = _run(program, block, draw, shared)
-        return {name: trace[name]["fn"] for name in program.returns}
+        own = {name: trace[name] for name in program.returns}
+        return {n: m["fn"] if m["type"] == "sample" else m["value"] for n, m in own.items()}
 
     return call
 
@@ -214,23 +215,18 @@ def _run(
     drawer = _drawer(program, shared["words"], draw["keys"], given)
     drawn = handlers.substitute(model, substitute_fn=drawer)
     if any(program.sites[name].scanned for name in given):
-        drawn = _Forwards(drawn)
+        drawn = Forwards(drawn)
     if program.worlds is not None and now is not None:
         drawn = Forced(drawn, program.worlds, now)
-    trace = handlers.trace(drawn).get_trace(**passed)
+    tracer = handlers.trace(drawn)
+    try:
+        trace = tracer.get_trace(**passed)
+    except Exception as error:
+        if not isinstance(error, AimzError):
+            error.add_note(f"xr_aimz: {locate(tracer.trace, passed)}")
+        raise
     _check_trace(program, trace, known)
     return trace
-
-
-class _Forwards(Messenger):  # type: ignore[misc] # NumPyro's own has no types
-    """Refuses a scan that runs backwards: NumPyro counts its steps from the other end."""
-
-    def process_message(self, message: dict[str, Any]) -> None:
-        if message["type"] == "control_flow" and message["args"][4:] == (True,):
-            raise ModelError(
-                "the model has a scan with reverse=True, whose given steps cannot be told from "
-                "those to be drawn; reverse its arrays instead: scan(f, init, xs[::-1])"
-            )
 
 
 def _given(
@@ -285,8 +281,8 @@ def _drawer(
         step = message["infer"].get("_scan_current_index")
         if step is not None:
             # Inside a scan the leading axis is the step; its dimension is never split.
+            site_key = step_key(site_key, addresses.get(dims[0]), step)
             dims = dims[1:]
-            site_key = keys.fold(site_key, jnp.stack([jnp.uint32(0), step.astype(jnp.uint32)]))
         fn = _whole(message["fn"], site, dims, addresses)
         try:
             drawn = keys.sample(fn, site_key, _address(fn, site, dims, addresses))

@@ -110,10 +110,12 @@ def on_labels(posterior: xr.Dataset, site: Site, binding: Binding, inputs: Input
 
 def _unseen(site: Site, dim: str, absent: pd.Index, binding: Binding) -> LabelError:
     own = f" Each label of per={binding.per!r} has globals of its own, and a new one none."
+    drawn = "; or let predict draw them from their prior: new_labels='sample'"
     return LabelError(
         f"latent site {site.name!r} has no draws for {len(absent)} labels of {dim!r}, "
         f"{list(absent[:3])!r} among them: the fit never saw them."
         f"{own if dim in binding.per else ''} Select those that it saw, or fit with them"
+        f"{'' if dim in binding.per else drawn}"
     )
 
 

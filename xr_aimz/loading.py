@@ -80,8 +80,19 @@ def load_fit(
 
     Examples
     --------
-    >>> fit.save("fit.zarr")  # doctest: +SKIP
-    >>> fit = xr_aimz.load_fit("fit.zarr", model)  # doctest: +SKIP
+    >>> import tempfile
+    >>> import numpy as np, numpyro, numpyro.distributions as dist, xarray as xr, xr_aimz
+    >>> def centre(y=None):
+    ...     mu = numpyro.sample("mu", dist.Normal(0, 1))
+    ...     numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+    >>> ds = xr.Dataset({"y": ("time", np.arange(5.0))})
+    >>> fit = ds.aimz.from_posterior(centre, {"mu": np.zeros((2, 10))})
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> fit.save(f"{folder.name}/fit.zarr")
+    >>> loaded = xr_aimz.load_fit(f"{folder.name}/fit.zarr", centre)
+    >>> loaded.token == fit.token
+    True
+    >>> folder.cleanup()
     """
     vault = Vault.opened(store)
     if vault.spec.get("format") != FORMAT:
@@ -249,6 +260,8 @@ def _site(name: str, spec: Mapping[str, Any]) -> Site:
         scanned=spec["scanned"],
         trained=spec["trained"],
         dims=tuple(spec["dims"]),
+        # Not in a store of version 0.1.0.
+        lengths=frozenset(spec.get("lengths", ())),
         reads=frozenset(spec["reads"]),
         seen=frozenset(spec["seen"]),
     )

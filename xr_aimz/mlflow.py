@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xr_aimz.errors import MissingExtraError
+from xr_aimz.kinds import check_fit
 from xr_aimz.posterior import Fit
 from xr_aimz.watch import watch
 
@@ -144,5 +145,6 @@ def log_fit(
     >>> with mlflow.start_run():  # doctest: +SKIP
     ...     fit = xr_aimz.mlflow.log_fit(fit)
     """
+    check_fit(fit, "log_fit")
     wanted = Wanted(log_datasets, log_diagnostics, log_pictures)
     return log_now(fit, wanted)

@@ -4,7 +4,7 @@ A model is run under :func:`jax.eval_shape`, so nothing is computed, and every s
 visits is written down: its kind, shape, dtype, distribution and plates. NumPyro keeps
 one global stack of handlers, so two threads must never trace at once: every trace in
 this package happens inside :func:`tracing`, which holds one lock and says which block
-of the Dataset is being traced, for :func:`plate` to read.
+of the Dataset is being traced, for :func:`xr_aimz.plate` to read.
 """
 
 from __future__ import annotations
@@ -20,29 +20,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
 
 from xr_aimz.dataflow import dependencies
-from xr_aimz.errors import DimensionError, ModelError
+from xr_aimz.errors import AimzError, ModelError
+from xr_aimz.scans import Forwards
 
 __all__ = [
     "Block",
     "Parameter",
     "Plate",
     "Site",
+    "current_block",
     "factor_inputs",
+    "locate",
+    "location_of",
     "observed_through",
     "observed_values",
     "parameters",
-    "plate",
     "read_by",
     "trace_sites",
     "tracing",
 ]
 
 _lock = threading.RLock()
+_RAISED = "xr_aimz: the model raised this "
 _block: ContextVar[Block | None] = ContextVar("xr_aimz_block", default=None)
 
 
@@ -51,12 +54,16 @@ class Block:
     """The piece of a Dataset that a model is being traced for.
 
     ``sizes`` has every dimension of the piece; ``places`` the (negative) batch axis of
-    each observation dimension; ``table`` is whether those were flattened to one.
+    each observation dimension; ``table`` is whether those were flattened to one. ``per`` are
+    the dimensions of which the model sees one label at a time; ``stacked`` has the number of
+    variables of each argument that is a stack.
     """
 
     sizes: Mapping[str, int]
     places: Mapping[str, int]
     table: bool = False
+    per: tuple[str, ...] = ()
+    stacked: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,9 @@ class Site:
 
     ``trained`` params have values to optimize. ``dims`` names each axis of the value once
     the axes have been matched with the Dataset (see :mod:`xr_aimz.axes`); ``None`` marks
-    an axis of size 1 that only broadcasts. ``reads`` are the arguments that its density is
-    made from, ``seen`` those that its observed value is.
+    an axis of size 1 that only broadcasts. ``lengths`` are the observation dimensions from whose
+    sizes the model makes the length of an axis of the site's own. ``reads`` are the arguments
+    that its density is made from, ``seen`` those that its observed value is.
     """
 
     name: str
@@ -99,6 +107,7 @@ class Site:
     scanned: bool = False
     trained: bool = False
     dims: tuple[str | None, ...] = field(default=())
+    lengths: frozenset[str] = frozenset()
     reads: frozenset[str] = frozenset()
     seen: frozenset[str] = frozenset()
 
@@ -120,55 +129,9 @@ def tracing(block: Block | None) -> Iterator[None]:
             _block.reset(token)
 
 
-def plate(dim: str) -> numpyro.plate:
-    """A plate for a dimension of the Dataset: sized and placed for the current block.
-
-    A prediction runs the model on one block of the Dataset at a time, so a size written
-    into the model is right for one block only. This plate asks the block.
-
-    Parameters
-    ----------
-    dim : str
-        A dimension of the Dataset. An observation dimension gets the batch axis that it
-        has in the arrays of ``layout="grid"``; any other dimension the first free axis.
-
-    Returns
-    -------
-    numpyro.plate
-        Named after the dimension.
-
-    Raises
-    ------
-    DimensionError
-        Outside of a fit or a prediction, for a dimension that the Dataset does not
-        have, or for an observation dimension that ``layout="table"`` has flattened.
-
-    Examples
-    --------
-    >>> import numpyro, numpyro.distributions as dist, xr_aimz
-    >>> def trend(year, tas=None):
-    ...     with xr_aimz.plate("lat"), xr_aimz.plate("lon"):
-    ...         slope = numpyro.sample("slope", dist.Normal(0, 1))
-    ...     with xr_aimz.plate("time"), xr_aimz.plate("lat"), xr_aimz.plate("lon"):
-    ...         numpyro.sample("tas", dist.Normal(slope * year, 1), obs=tas)
-    """
-    block = _block.get()
-    if block is None:
-        raise DimensionError(
-            f"xr_aimz.plate({dim!r}) has a size only while xr_aimz runs the model; "
-            "call the model through ds.aimz, or use numpyro.plate here"
-        )
-    if dim not in block.sizes:
-        raise DimensionError(
-            f"xr_aimz.plate({dim!r}): no dimension {dim!r} in the Dataset; "
-            f"it has {sorted(block.sizes)!r}"
-        )
-    if block.table and dim in block.places:
-        raise DimensionError(
-            f"xr_aimz.plate({dim!r}): layout='table' flattens {sorted(block.places)!r} to one "
-            "axis; use numpyro.plate('data', X.shape[0]), or layout='grid'"
-        )
-    return numpyro.plate(dim, block.sizes[dim], dim=block.places.get(dim))
+def current_block() -> Block | None:
+    """The block that is being traced in this thread."""
+    return _block.get()
 
 
 def parameters(model: Callable) -> tuple[Parameter, ...]:
@@ -205,7 +168,7 @@ def trace_sites(
     arrays : pytree of jax.ShapeDtypeStruct
         What to trace on. Nothing is computed.
     block : Block
-        What :func:`plate` is to see.
+        What :func:`xr_aimz.plate` is to see.
 
     Raises
     ------
@@ -219,7 +182,8 @@ def trace_sites(
     def run(inputs: Any) -> None:
         passed.update(arrange(inputs))
         with tracer as sites:
-            _unsampled(handlers.seed(lambda: model(**passed), jax.random.key(0)))()
+            forwards = Forwards(lambda: model(**passed))
+            _unsampled(handlers.seed(forwards, jax.random.key(0)))()
         _check_state(sites)
         found.extend(_site(message, passed) for message in sites.values() if _is_site(message))
 
@@ -228,7 +192,11 @@ def trace_sites(
             jax.eval_shape(run, arrays)
         except Exception as error:
             # The model's own, of any class: raised as it is, with where it came from.
-            error.add_note(_where(tracer.trace, passed))
+            if not isinstance(error, AimzError):
+                error.add_note(
+                    f"{_RAISED}{locate(tracer.trace, passed)}. A plate whose size is written into "
+                    "the model fits one block only: xr_aimz.plate(dim) asks the block for it."
+                )
             raise
     return tuple(found)
 
@@ -420,13 +388,16 @@ def _distribution(fn: Any) -> str:
     return type(fn).__name__
 
 
-def _where(sites: Mapping[str, Any], passed: Mapping[str, Any]) -> str:
+def locate(sites: Mapping[str, Any], passed: Mapping[str, Any]) -> str:
+    """Say how far a model came: the last site that it visited, and the shapes of its arrays."""
     shapes = {name: jnp.shape(v) for name, v in passed.items() if hasattr(v, "shape")}
     visited = [name for name, message in sites.items() if message["type"] != "plate"]
     last = visited[-1] if visited else None
     after = "before its first site" if last is None else f"after site {last!r}"
-    return (
-        f"xr_aimz: the model raised this {after}, given arrays of shape {shapes!r}. "
-        "A plate whose size is written into the model fits one block only: "
-        "xr_aimz.plate(dim) asks the block for its size."
-    )
+    return f"{after}, given arrays of shape {shapes!r}"
+
+
+def location_of(error: Exception) -> str:
+    """What :func:`locate` said of an error that :func:`trace_sites` let through."""
+    notes = [n for n in getattr(error, "__notes__", ()) if n.startswith(_RAISED)]
+    return notes[-1].removeprefix(_RAISED).partition(". A plate")[0] if notes else ""

@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from xr_aimz.errors import OptionError
+from xr_aimz.spelling import list_names
+from xr_aimz.whole_numbers import parse_count
 
 __all__ = ["get_options", "set_options", "shows_progress"]
 
@@ -40,10 +42,8 @@ def shows_progress(progress: bool | None) -> bool:
 
 
 def _check(name: str, value: Any) -> Any:
-    if name == "block_bytes" and (isinstance(value, bool) or not isinstance(value, int)):
-        raise OptionError(f"block_bytes must be an int, a number of bytes; found {value!r}")
-    if name == "block_bytes" and value < 1:
-        raise OptionError(f"block_bytes must be at least 1; found {value!r}")
+    if name == "block_bytes":
+        return parse_count(name, value, why=", a number of bytes")
     if name == "progress" and value not in (None, True, False):
         raise OptionError(f"progress must be True, False or None; found {value!r}")
     return value
@@ -77,7 +77,9 @@ class set_options:
     def __init__(self, **options: Any) -> None:
         for name in options:
             if name not in _DEFAULTS:
-                raise OptionError(f"no option {name!r}; there are {sorted(_DEFAULTS)!r}")
+                raise OptionError(
+                    f"no option {name!r}; there are {list_names(sorted(_DEFAULTS), name)}"
+                )
         checked = {name: _check(name, value) for name, value in options.items()}
         self._previous = {name: _options[name] for name in checked}
         _options.update(checked)

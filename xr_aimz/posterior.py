@@ -7,14 +7,16 @@ and everything that a person wants to see of an inference.
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import prod
 from typing import Any
 
 import jax
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from xr_aimz import diagnostics
@@ -22,8 +24,9 @@ from xr_aimz.binding import Binding
 from xr_aimz.errors import OptionError
 from xr_aimz.labelling import result_name
 from xr_aimz.model import Site
+from xr_aimz.whole_numbers import parse_count, parse_seed
 
-__all__ = ["Fit", "token_of"]
+__all__ = ["Fit", "NotPickled", "labels_at_fit", "sizes_at_fit", "token_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +97,22 @@ class Fit:
     lineage: Mapping[str, str] = field(default_factory=dict, repr=False)
     data_sd: xr.Dataset = field(default_factory=xr.Dataset, repr=False)
 
+    def __reduce__(self) -> tuple[Callable, tuple[bytes]]:
+        """Pickle a Fit with its model; not with what draws further, which holds compiled code."""
+        # dask's own requirement: a model is most often a function of a notebook or of a test.
+        import cloudpickle
+
+        state = {f.name: getattr(self, f.name) for f in fields(self)}
+        state["more"] = None if self.more is None else NotPickled(self.method)
+        try:
+            return _unpickled, (cloudpickle.dumps(state),)
+        except Exception as error:
+            # Whatever an object of the model's raises, of any class.
+            raise pickle.PicklingError(
+                f"this Fit by {self.method} cannot be pickled: {type(error).__name__}: {error}. "
+                "Keep it with fit.save(store), and open it with xr_aimz.load_fit(store, model)"
+            ) from error
+
     @cached_property
     def token(self) -> str:
         """A name for the draws and params by their content; lazy draws by their graph's."""
@@ -127,11 +146,18 @@ class Fit:
 
         Examples
         --------
-        >>> more = fit.sample(1000)  # doctest: +SKIP
-        >>> both = xr.concat([fit.posterior, more.posterior], "draw")  # doctest: +SKIP
+        >>> import numpy as np, numpyro, numpyro.distributions as dist, xarray as xr, xr_aimz
+        >>> def centre(y=None):
+        ...     mu = numpyro.sample("mu", dist.Normal(0, 1))
+        ...     numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+        >>> ds = xr.Dataset({"y": ("time", np.arange(5.0))})
+        >>> fit = ds.aimz.fit(centre, method="svi", draws=400, progress=False)
+        >>> more = fit.sample(100)
+        >>> both = xr.concat([fit.posterior, more.posterior], "draw")
+        >>> both.draw.values.tolist()[-1]
+        499
         """
-        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-            raise OptionError(f"draws={draws!r}: it must be an int of at least 1")
+        draws, seed = parse_count("draws", draws), parse_seed(seed)
         if self.more is None:
             raise OptionError(
                 f"there is nothing to draw from: this fit holds {self.method}, and neither a "
@@ -172,7 +198,19 @@ class Fit:
 
         Examples
         --------
-        >>> fit.save("fit.zarr")  # doctest: +SKIP
+        >>> import tempfile
+        >>> import numpy as np, numpyro, numpyro.distributions as dist, xarray as xr, xr_aimz
+        >>> def centre(y=None):
+        ...     mu = numpyro.sample("mu", dist.Normal(0, 1))
+        ...     numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+        >>> ds = xr.Dataset({"y": ("time", np.arange(5.0))})
+        >>> fit = ds.aimz.from_posterior(centre, {"mu": np.zeros((2, 10))})
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> fit.save(f"{folder.name}/fit.zarr")
+        >>> loaded = xr_aimz.load_fit(f"{folder.name}/fit.zarr", centre)
+        >>> loaded.token == fit.token
+        True
+        >>> folder.cleanup()
         """
         from xr_aimz.saving import save
 
@@ -198,7 +236,15 @@ class Fit:
 
         Examples
         --------
-        >>> tree = fit.to_datatree(posterior_predictive=pred)  # doctest: +SKIP
+        >>> import numpy as np, numpyro, numpyro.distributions as dist, xarray as xr, xr_aimz
+        >>> def centre(y=None):
+        ...     mu = numpyro.sample("mu", dist.Normal(0, 1))
+        ...     numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+        >>> ds = xr.Dataset({"y": ("time", np.arange(5.0))})
+        >>> fit = ds.aimz.from_posterior(centre, {"mu": np.zeros((2, 10))})
+        >>> tree = fit.to_datatree(prior=ds.aimz.prior_predictive(centre, sites="mu"))
+        >>> sorted(tree.children)
+        ['observed_data', 'posterior', 'prior']
         """
         own = {
             "posterior": self.posterior,
@@ -263,6 +309,41 @@ class Fit:
     def observed(self) -> tuple[str, ...]:
         """The names of the observed sites."""
         return tuple(name for name, site in self.sites.items() if site.kind == "observed")
+
+
+@dataclass(frozen=True)
+class NotPickled:
+    """Refuse further draws of a fit that came through pickle."""
+
+    method: str
+
+    def __call__(self, draws: int, seed: int) -> Fit:
+        raise OptionError(
+            f"there is nothing to draw from: this fit by {self.method} was pickled, which leaves "
+            "its sampler behind. Call sample() on the fit itself, or keep it with fit.save(store) "
+            "and xr_aimz.load_fit(store, model), which can go on from there"
+        )
+
+    def kept(self) -> None:
+        """Nothing for a store to keep."""
+
+
+def _unpickled(state: bytes) -> Fit:
+    return Fit(**pickle.loads(state))
+
+
+def labels_at_fit(fit: Fit, dim: str) -> pd.Index | None:
+    """The labels that a dimension of the Dataset had at the fit; None if it had none."""
+    for group in (fit.observed_data, fit.constant_data, fit.posterior):
+        if dim in group.indexes:
+            return group.indexes[dim]
+    return None
+
+
+def sizes_at_fit(fit: Fit) -> dict[str, int]:
+    """The sizes that the observation dimensions had at the fit, where they are known."""
+    sizes = {**fit.posterior.sizes, **fit.constant_data.sizes, **fit.observed_data.sizes}
+    return {d: sizes[d] for d in fit.binding.dims if d in sizes}
 
 
 def token_of(posterior: xr.Dataset, params: Mapping[str, Any]) -> str:

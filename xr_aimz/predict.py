@@ -23,12 +23,15 @@ from xr_aimz.inputs import Inputs, gather
 from xr_aimz.interventions import intervention
 from xr_aimz.kernel import log_likelihood as density_kernel
 from xr_aimz.kernel import predictive
+from xr_aimz.kinds import check_dataset, check_fit
 from xr_aimz.labelling import result_name, with_coords
 from xr_aimz.lineage import ASSUMED, traced_to
 from xr_aimz.posterior import Fit
 from xr_aimz.reduction import parse
+from xr_aimz.spelling import list_names
 from xr_aimz.summary import dressed
 from xr_aimz.unseen import check_draws, seen
+from xr_aimz.whole_numbers import parse_count, parse_seed
 
 __all__ = [
     "Question",
@@ -83,6 +86,10 @@ def predict(
         by label; where it is NaN or lacks a label, the outcome is drawn, given what comes
         before it in the model. Values are the site's own and come back as they are.
 
+        A recursion is drawn on from the values that it is given, and from its initial value where
+        it is given none: the Dataset begins where the fit's began, or the condition gives the
+        steps that the first of those to be drawn is made from.
+
         The posterior is not updated: a condition sets values and weighs no draw. Where a
         value would tell of something that this prediction draws, that is an error: a state
         of a scan at a later step than the fit's, a gap in a recursion, another outcome.
@@ -121,13 +128,16 @@ def predict(
     Raises
     ------
     MissingVariableError, DimensionError, DtypeError, UnitsError, LabelError, ChunkError
-        Before any task runs.
+        Before any task runs. A ``LabelError`` too: a recursion (a scan, a running sum) on labels
+        that do not begin with the fit's first and go on as those did; and draws of a length that
+        the model makes from that of the data, on labels that are not the fit's.
     MissingValueError
         An outcome of ints or bools would be drawn from a missing value.
     ModelError
         A condition on what is not an outcome, or that would tell of a draw; new labels of a
         latent that the model couples along their dimension; a dimension that is cut and along
-        which the model couples cells, or is not proven not to.
+        which the model couples cells, or is not proven not to; a model that does not run without
+        its outcomes, or on a block of this size.
     BlockSizeError
         With ``summary``, if all draws of the least block are over ``block_bytes``.
     InterventionError
@@ -135,24 +145,56 @@ def predict(
 
     Examples
     --------
-    >>> pred = ds.chunk(lat=10).aimz.predict(fit)  # doctest: +SKIP
-    >>> pred.tas.mean(("chain", "draw")).plot()  # doctest: +SKIP
-    >>> # the history as it was, the years after it as they may be
-    >>> pred = future.aimz.predict(fit, condition={"tas": past.tas})  # doctest: +SKIP
+    >>> import numpy as np, numpyro, numpyro.distributions as dist, xarray as xr, xr_aimz
+    >>> def trend(co2, tas=None):
+    ...     slope = numpyro.sample("slope", dist.Normal(0, 1))
+    ...     numpyro.sample("tas", dist.Normal(slope * co2, 0.1), obs=tas)
+    >>> co2 = np.linspace(0, 1, 30)
+    >>> ds = xr.Dataset({"co2": ("year", co2), "tas": ("year", 2 * co2)})
+    >>> fit = ds.aimz.from_posterior(trend, {"slope": np.full((4, 100), 2.0)})
+    >>> pred = ds.chunk(year=10).aimz.predict(fit)
+    >>> pred.tas.dims
+    ('chain', 'draw', 'year')
+    >>> pred.tas.chunksizes["year"]
+    (10, 10, 10)
+
+    A forecast: the Dataset has the past as well, and ``condition`` says that it is known. Here
+    the level of a lake is what is left of the year before, and rain:
+
+    >>> from numpyro.contrib.control_flow import scan
+    >>> def lake(rain, level=None):
+    ...     left = numpyro.sample("left", dist.Uniform(0, 1))
+    ...     def step(before, now):
+    ...         rain, level = now
+    ...         level = numpyro.sample("level", dist.Normal(left * before + rain, 0.1), obs=level)
+    ...         return level, None
+    ...     scan(step, 0.0, (rain, level))
+    >>> past = xr.Dataset(
+    ...     {"rain": ("year", np.ones(4)), "level": ("year", [1.0, 1.5, 1.8, 8.0])},
+    ...     {"year": [2000, 2001, 2002, 2003]},
+    ... )
+    >>> future = xr.Dataset({"rain": ("year", np.ones(2))}, {"year": [2004, 2005]})
+    >>> fit = past.aimz.from_posterior(lake, {"left": np.full((4, 100), 0.5)}, core_dim="year")
+    >>> both = xr.concat([past, future], "year")
+    >>> forecast = both.aimz.predict(fit, condition="level").sel(year=future.year)
+    >>> forecast.level.mean(("chain", "draw")).round(1).values
+    array([5. , 3.5], dtype=float32)
     """
+    check_dataset(ds, "predict")
+    check_fit(fit, "predict")
     check_draws(fit.posterior, fit.sites, fit.binding)
     question = Question(
         sites=sites,
         do=do,
         condition=condition,
         draws=draws,
-        seed=seed,
+        seed=parse_seed(seed),
         new_labels=new_labels,
         summary=summary,
         assume_independent=assume_independent,
     )
     wanted = asked(ds, fit, question)
-    return traced_to(fit, answered(ds, wanted, attrs_of(wanted), "predict"), seed)
+    return traced_to(fit, answered(ds, wanted, attrs_of(wanted), "predict"), question.seed)
 
 
 def log_likelihood(
@@ -182,15 +224,29 @@ def log_likelihood(
 
     Examples
     --------
-    >>> tree = fit.to_datatree(log_likelihood=ds.aimz.log_likelihood(fit))  # doctest: +SKIP
+    >>> import numpy as np, numpyro, numpyro.distributions as dist, xarray as xr, xr_aimz
+    >>> def trend(co2, tas=None):
+    ...     slope = numpyro.sample("slope", dist.Normal(0, 1))
+    ...     numpyro.sample("tas", dist.Normal(slope * co2, 0.1), obs=tas)
+    >>> co2 = np.linspace(0, 1, 30)
+    >>> ds = xr.Dataset({"co2": ("year", co2), "tas": ("year", 2 * co2)})
+    >>> fit = ds.aimz.from_posterior(trend, {"slope": np.full((4, 100), 2.0)})
+    >>> density = ds.aimz.log_likelihood(fit)
+    >>> density.tas.dims
+    ('chain', 'draw', 'year')
+    >>> tree = fit.to_datatree(log_likelihood=density)
+    >>> sorted(tree.children)
+    ['constant_data', 'log_likelihood', 'observed_data', 'posterior']
     """
+    check_dataset(ds, "log_likelihood")
+    check_fit(fit, "log_likelihood")
     absent = [
         s.name for a in fit.binding.outcomes for s in a.sources if s.name not in ds.variables
     ]
     if absent or not fit.binding.outcomes:
         raise MissingVariableError(
             f"a log-likelihood needs the outcomes; {absent!r} are not in the Dataset, which has "
-            f"{sorted(map(str, ds.variables))!r}"
+            f"{list_names(sorted(map(str, ds.variables)), absent)}"
         )
     inputs = gather(fit.binding, ds, outcomes=True)
     check_sizes(fit.binding, inputs)
@@ -223,7 +279,8 @@ class Question:
 def asked(ds: xr.Dataset, fit: Fit, question: Question) -> Evaluation:
     """What is to be evaluated: all that is set, given or new is among its arrays."""
     if question.new_labels not in ("raise", "sample"):
-        raise OptionError(f"new_labels={question.new_labels!r}: there are {('raise', 'sample')!r}")
+        there_are = list_names(("raise", "sample"), [question.new_labels])
+        raise OptionError(f"new_labels={question.new_labels!r}: there are {there_are}")
     inputs = gather(fit.binding, ds, outcomes=False)
     check_sizes(fit.binding, inputs)
     wanted = Evaluation(
@@ -232,7 +289,7 @@ def asked(ds: xr.Dataset, fit: Fit, question: Question) -> Evaluation:
         _thinned(fit.posterior, question.draws),
         predictive,
         _chosen(fit, question.sites),
-        question.seed,
+        parse_seed(question.seed),
         () if question.summary is None else parse(question.summary),
         assumed=_observation_dims(fit, question.assume_independent),
     )
@@ -297,6 +354,7 @@ def answered(ds: xr.Dataset, wanted: Evaluation, attrs: Attrs, verb: str) -> xr.
     own |= {} if wanted.under is None else dict(wanted.under.coords)
     result = with_coords(result.assign_coords(own), wanted.fit.binding, wanted.inputs)
     result = result.squeeze([d for d in wanted.inputs.scalars if d in result.dims])
+    result = _select(result, ds, wanted.inputs)
     line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}: xr_aimz {verb} of {wanted.fit.method}"
     line += "" if wanted.under is None else f"; {wanted.under}"
     if wanted.assumed:
@@ -307,6 +365,18 @@ def answered(ds: xr.Dataset, wanted: Evaluation, attrs: Attrs, verb: str) -> xr.
     return result.assign_attrs({**own, "history": history})
 
 
+def _select(result: xr.Dataset, ds: xr.Dataset, inputs: Inputs) -> xr.Dataset:
+    """Select the Dataset's own labels, where the model was given all that the fit had."""
+    selection = {d: labels for d, labels in inputs.selection.items() if d in result.dims}
+    if not selection:
+        return result
+    result = result.sel(selection)
+    coords = {n: c for n, c in ds.coords.items() if set(c.dims) & set(selection)}
+    return result.assign_coords(
+        {n: c for n, c in coords.items() if set(c.dims) <= set(result.dims)}
+    )
+
+
 def _chosen(fit: Fit, sites: str | Sequence[str] | None) -> tuple[str, ...]:
     if sites is None:
         return tuple(n for n, s in fit.sites.items() if s.kind in ("observed", "deterministic"))
@@ -315,7 +385,9 @@ def _chosen(fit: Fit, sites: str | Sequence[str] | None) -> tuple[str, ...]:
     known = {result_name(fit.binding, fit.sites[n]): n for n in known} | known
     strangers = [n for n in asked if n not in known]
     if strangers or not asked:
-        raise MissingVariableError(f"sites={asked!r}: the model has {sorted(known)!r}")
+        raise MissingVariableError(
+            f"sites={asked!r}: the model has {list_names(sorted(known), strangers)}"
+        )
     return tuple(dict.fromkeys(known[n] for n in asked))
 
 
@@ -335,6 +407,5 @@ def _thinned(posterior: xr.Dataset, draws: int | None) -> xr.Dataset:
     if draws is None:
         return posterior
     there = posterior.sizes.get("draw", 1)
-    if isinstance(draws, bool) or not isinstance(draws, int) or not 1 <= draws <= there:
-        raise OptionError(f"draws={draws!r}: the posterior has {there} draws a chain")
-    return posterior.isel(draw=np.arange(draws) * there // draws)
+    count = parse_count("draws", draws, most=there, why=f", for a chain has {there} draws")
+    return posterior.isel(draw=np.arange(count) * there // count)

@@ -18,11 +18,13 @@ from xr_aimz.assembly import assemble
 from xr_aimz.binding import arrange, block_of
 from xr_aimz.bound import Bound, bind
 from xr_aimz.casting import device_dtype
-from xr_aimz.errors import ModelError, OptionError
+from xr_aimz.errors import ModelError
 from xr_aimz.infer.problem import Draws
+from xr_aimz.kinds import check_model
 from xr_aimz.lineage import drawn_with
 from xr_aimz.model import Site, observed_through, parameters
 from xr_aimz.predict import Question, answered, asked, attrs_of
+from xr_aimz.whole_numbers import parse_count, parse_seed
 
 __all__ = ["prior_predictive"]
 
@@ -99,15 +101,15 @@ def prior_predictive(
     >>> prior.slope.shape
     (1, 100)
     """
-    if isinstance(draws, bool) or not isinstance(draws, (int, np.integer)) or draws < 1:
-        raise OptionError(f"draws={draws!r}: give a number of draws, 1 or more")
+    check_model(ds, model, "prior_predictive")
+    draws, seed = parse_count("draws", draws), parse_seed(seed)
     bound = _bound(ds, model, variables, {"dim": dim, "core_dim": core_dim, "layout": layout})
     _check_priors(bound)
     _check_something(bound, sites)
     number = {"chain": np.arange(1), "draw": np.arange(draws)}
     empty = xr.Dataset(coords={d: (d, n) for d, n in number.items()})
     source = getattr(model, "__name__", "a model")
-    known_nothing = assemble(bound, empty, Draws({}, (1, int(draws)), source))
+    known_nothing = assemble(bound, empty, Draws({}, (1, draws), source))
     question = Question(sites=sites, do=do, seed=seed, assume_independent=assume_independent)
     wanted = asked(ds, known_nothing, question)
     return drawn_with(answered(ds, wanted, attrs_of(wanted), "prior_predictive"), seed)

@@ -8,7 +8,7 @@ tile of cells at a time, and everything is read off the sorted rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from xr_aimz.errors import OptionError
+from xr_aimz.spelling import suggest
 
 __all__ = ["Statistic", "dtype_of", "outputs", "parse", "reduce", "suffixed"]
 
@@ -64,32 +65,44 @@ class Statistic:
 
 
 def parse(asked: Any) -> tuple[Statistic, ...]:
-    """What ``summary=`` asks for.
+    """Read the statistics that are named.
 
     Parameters
     ----------
     asked : str, float or sequence of them
-        ``"mean"``, ``"std"``, ``"median"``, a number between 0 and 1 (a quantile),
-        ``"prob>x"`` (also ``<``, ``>=``, ``<=``), ``"hdi"`` or ``"hdi94"`` (per cent).
+        One or several, in sequences of sequences too: ``"mean"``, ``"std"``, ``"median"``, a
+        number between 0 and 1 (a quantile), ``"prob>x"`` (also ``<``, ``>=``, ``<=``),
+        ``"hdi"`` or ``"hdi94"`` (per cent).
 
     Raises
     ------
     OptionError
         Anything else.
     """
-    items = (asked,) if isinstance(asked, str) or np.ndim(asked) == 0 else tuple(asked)
     found: dict[str, Statistic] = {}
-    for item in items:
+    for item in _flat(asked):
         one = _parsed(item)
         if one is None:
             raise OptionError(
                 f"summary={asked!r}: {item!r} is no statistic; there are 'mean', 'std', "
                 "'median', quantiles from 0 to 1, 'prob>x' (or <, >=, <=), 'hdi' and 'hdi94'"
+                f"{suggest((*_ALONE, 'hdi'), [item])}"
             )
         found[one.suffix] = _joined(found.get(one.suffix), one)
     if not found:
-        raise OptionError(f"summary={asked!r} asks for nothing; say summary='mean', for example")
+        raise OptionError(f"summary={asked!r} names no statistic; say 'mean', for example")
     return tuple(found.values())
+
+
+def _flat(asked: Any) -> Iterator[Any]:
+    if getattr(asked, "ndim", None) == 0:
+        # NumPy's and JAX's scalars, which look as if they could be iterated over.
+        yield asked.item()
+    elif isinstance(asked, Iterable) and not isinstance(asked, str | Mapping):
+        for item in asked:
+            yield from _flat(item)
+    else:
+        yield asked
 
 
 def _parsed(item: Any) -> Statistic | None:

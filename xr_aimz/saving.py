@@ -191,7 +191,7 @@ def _site(site: Site) -> dict[str, Any]:
     found["dtype"] = None if site.dtype is None else np.dtype(site.dtype).name
     for name in ("shape", "dims"):
         found[name] = list(found[name])
-    for name in ("reads", "seen"):
+    for name in ("lengths", "reads", "seen"):
         found[name] = sorted(found[name])
     found["event_dims"] = None if site.event_dims is None else list(site.event_dims)
     found["plates"] = [list(p.values()) for p in found["plates"]]

@@ -13,7 +13,8 @@ from typing import Any
 
 import xarray as xr
 
-from xr_aimz.errors import DimensionError, DtypeError
+from xr_aimz.errors import DimensionError, DtypeError, OptionError
+from xr_aimz.kinds import check_dataset
 from xr_aimz.options import get_options
 from xr_aimz.plan import finer
 from xr_aimz.reduction import Statistic, dtype_of, parse, reduce, suffixed
@@ -69,7 +70,7 @@ def _attrs(name: str, old: Mapping[str, Any], s: Statistic) -> dict[str, Any]:
     return new
 
 
-def summary(ds: xr.Dataset, statistics: Any = DEFAULT) -> xr.Dataset:
+def summary(ds: xr.Dataset, *names: Any, statistics: Any = None) -> xr.Dataset:
     """Statistics over the chains and draws of a Dataset, block by block.
 
     Parameters
@@ -77,11 +78,14 @@ def summary(ds: xr.Dataset, statistics: Any = DEFAULT) -> xr.Dataset:
     ds : Dataset
         Whose variables have dims ``chain`` and ``draw``, or one of them: a prediction,
         opened from a store or not, or a posterior.
+    *names : str, float or sequence of them
+        The statistics, one by one or in a sequence: ``"mean"``, ``"std"`` (over the number of
+        draws, as xarray's), ``"median"``; numbers from 0 to 1, which are quantiles;
+        ``"prob>x"`` (or ``<``, ``>=``, ``<=``), the share of draws beyond ``x``; ``"hdi"``,
+        the shortest interval with 89 % of the draws, or ``"hdi94"``. By default the mean, the
+        standard deviation and the quantiles 0.05, 0.5 and 0.95.
     statistics : str, float or sequence of them
-        ``"mean"``, ``"std"`` (over the number of draws, as xarray's), ``"median"``;
-        numbers from 0 to 1, which are quantiles; ``"prob>x"`` (or ``<``, ``>=``, ``<=``), the
-        share of draws beyond ``x``; ``"hdi"``, the shortest interval with 89 % of the
-        draws, or ``"hdi94"``.
+        The same by name.
 
     Returns
     -------
@@ -94,7 +98,7 @@ def summary(ds: xr.Dataset, statistics: Any = DEFAULT) -> xr.Dataset:
     Raises
     ------
     OptionError
-        A statistic that there is not.
+        A statistic that does not exist, or ``names`` and ``statistics`` both.
     DimensionError
         No variable has a dimension ``chain`` or ``draw``.
     DtypeError
@@ -110,13 +114,19 @@ def summary(ds: xr.Dataset, statistics: Any = DEFAULT) -> xr.Dataset:
     --------
     >>> import numpy as np, xarray as xr, xr_aimz
     >>> draws = xr.Dataset({"tas": (("chain", "draw", "lat"), np.arange(30.0).reshape(2, 5, 3))})
-    >>> found = draws.aimz.summary(("mean", 0.5, "prob>20"))
+    >>> found = draws.aimz.summary("mean", 0.5, "prob>20")
     >>> found.tas_mean.values
     array([13.5, 14.5, 15.5])
     >>> found.tas_prob.sel(threshold=">20").values
     array([0.3, 0.3, 0.3])
     """
-    asked = parse(statistics)
+    check_dataset(ds, "summary")
+    if names and statistics is not None:
+        raise OptionError(
+            f"summary is given {names!r} and statistics={statistics!r}; give all in one of them"
+        )
+    chosen = DEFAULT if statistics is None else statistics
+    asked = parse(names or chosen)
     drawn = {str(n): a for n, a in ds.data_vars.items() if set(_DRAWS) & set(a.dims)}
     if not drawn:
         raise DimensionError(
@@ -125,11 +135,11 @@ def summary(ds: xr.Dataset, statistics: Any = DEFAULT) -> xr.Dataset:
     for name, array in drawn.items():
         if array.dtype.kind not in "fiub":
             raise DtypeError(f"variable {name!r} has dtype {array.dtype}; a summary takes numbers")
-    names = suffixed({n: n for n in drawn}, asked)
+    made = suffixed({n: n for n in drawn}, asked)
     held = ds[list(drawn)].reset_coords(drop=True).drop_vars(_DRAWS, errors="ignore")
     found = _by_block(held, asked) if held.chunks else _of_block(held, asked)
     kept = ds.drop_vars(list(drawn)).drop_dims(_DRAWS, errors="ignore")
-    result = dressed(found[list(names)], asked, {n: a.attrs for n, a in drawn.items()})
+    result = dressed(found[list(made)], asked, {n: a.attrs for n, a in drawn.items()})
     return kept.assign(result.data_vars).assign_coords(result.coords).assign_attrs(ds.attrs)
 
 

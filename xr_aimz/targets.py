@@ -13,6 +13,7 @@ from xr_aimz.binding import Binding
 from xr_aimz.errors import InterventionError, MissingVariableError
 from xr_aimz.labelling import result_name
 from xr_aimz.model import Site
+from xr_aimz.spelling import list_names
 
 __all__ = ["Target", "targets_of"]
 
@@ -110,7 +111,7 @@ def _unknown(name: str, binding: Binding, sites: Mapping[str, Site]) -> Exceptio
         )
     return MissingVariableError(
         f"do={{{name!r}: ...}}: the model has no argument, variable or site {name!r}; "
-        f"there are {can!r}"
+        f"there are {list_names(can, name)}"
     )
 
 

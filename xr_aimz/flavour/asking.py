@@ -13,6 +13,7 @@ from typing import Any
 
 from xr_aimz.errors import InterventionError, OptionError
 from xr_aimz.predict import Question
+from xr_aimz.spelling import list_names
 
 __all__ = ["DEFAULTS", "Asked", "asked_for", "defaults_with"]
 
@@ -48,7 +49,9 @@ def defaults_with(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """
     strangers = sorted(set(given or {}) - set(DEFAULTS))
     if strangers:
-        raise OptionError(f"no parameter {strangers!r}; there are {sorted(DEFAULTS)!r}")
+        raise OptionError(
+            f"no parameter {strangers!r}; there are {list_names(sorted(DEFAULTS), strangers)}"
+        )
     return {**DEFAULTS, **(given or {})}
 
 
@@ -63,7 +66,7 @@ def asked_for(params: Mapping[str, Any] | None) -> Asked:
     given = defaults_with(params)
     returns = given["returns"]
     if returns not in _RETURNS:
-        raise OptionError(f"returns={returns!r}: there are {_RETURNS!r}")
+        raise OptionError(f"returns={returns!r}: there are {list_names(_RETURNS, [returns])}")
     lists = {name: _list(name, given[name]) for name in ("summary", "quantiles", "sites")}
     wanted = [*lists["summary"], *(_number("quantiles", q) for q in lists["quantiles"])]
     if returns == "summary" and not wanted:

@@ -31,6 +31,7 @@ from xr_aimz.flavour.environment import FILES, Environment, write_environment
 from xr_aimz.flavour.example import input_example as example_of
 from xr_aimz.flavour.layout import FLAVOUR, LOADER, STORE, TRUST
 from xr_aimz.flavour.signature import infer_signature
+from xr_aimz.kinds import check_fit
 from xr_aimz.posterior import Fit
 from xr_aimz.record import versions
 from xr_aimz.source import told
@@ -101,6 +102,7 @@ def save_model(
     >>> xr_aimz.mlflow.save_model(fit, "melt")  # doctest: +SKIP
     >>> xr_aimz.mlflow.load_model("melt", model=melting)  # doctest: +SKIP
     """
+    check_fit(fit, "save_model")
     environment = Environment(conda_env, pip_requirements, extra_pip_requirements)
     if trust_import:
         _check_importable(fit.model)
@@ -224,6 +226,7 @@ def log_model(
     ...         code_paths=["my_models.py"], trust_import=True,
     ...     )
     """
+    check_fit(fit, "log_model")
     if alias is not None and registered_model_name is None:
         raise OptionError(f"alias={alias!r} is of a registered model; say registered_model_name=")
     info = Model.log(

@@ -25,6 +25,7 @@ from xr_aimz.flavour.asking import Asked
 from xr_aimz.plan import Plan
 from xr_aimz.posterior import Fit
 from xr_aimz.predict import answered, asked, attrs_of
+from xr_aimz.recursion import Dependence
 from xr_aimz.unseen import check_draws
 
 __all__ = ["Memory", "answer"]
@@ -42,12 +43,13 @@ _MOST = 10_000
 class Memory:
     """What was found out about a fit that is served; kept for as long as it is.
 
-    ``traces`` are outputs and names of programs by what was asked and by shapes; ``checked``
-    what was asked and found to be answered cell by cell; ``lock`` keeps two requests from
-    finding out the same.
+    ``traces`` are outputs and names of programs by what was asked and by shapes;
+    ``dependences`` are those of sites along a dim; ``checked`` what was asked and found to be
+    answered cell by cell; ``lock`` keeps two requests from finding out the same.
     """
 
     traces: dict[Any, Any] = field(default_factory=dict)
+    dependences: dict[Any, Mapping[str, Dependence]] = field(default_factory=dict)
     checked: set[Any] = field(default_factory=set)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -74,15 +76,28 @@ class _Served(Evaluation):
     def _newly_traced(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], str]:
         try:
             return super().traced(sizes)
-        except (TypeError, ValueError, IndexError) as error:
-            if self.under is None or isinstance(error, AimzError):
+        except (TypeError, ModelError) as error:
+            own = error.__cause__ if isinstance(error, ModelError) else error
+            if self.under is None or own is None or isinstance(own, AimzError):
                 raise
             # The same model ran at the fit, with other numbers.
             raise InterventionError(
                 f"with do={json.loads(self.key[1])!r} the model does not run: "
-                f"{type(error).__name__}: {error}. Give numbers of the kind that it takes there, "
+                f"{type(own).__name__}: {own}. Give numbers of the kind that it takes there, "
                 "2 and not 2.0 for an int"
             ) from error
+
+    def dependences(self, dim: str) -> Mapping[str, Dependence]:
+        leaves, structure = jax.tree.flatten(self.structs(self.inputs.sizes))
+        shapes = tuple((x.shape, str(x.dtype)) for x in leaves)
+        key = (self.key, dim, structure, shapes)
+        with self.memory.lock:
+            found = self.memory.dependences
+            if key not in found:
+                if len(found) >= _MOST:
+                    found.clear()
+                found[key] = super().dependences(dim)
+            return found[key]
 
     def padded(self, cut: Plan) -> dict[str, int]:
         self._check_alone(cut)

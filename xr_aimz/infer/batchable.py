@@ -12,10 +12,10 @@ from numpyro.infer import autoguide
 from xr_aimz.axes import shape_in_model
 from xr_aimz.binding import arrange, block_of
 from xr_aimz.casting import device_dtype
-from xr_aimz.errors import ModelError, OptionError
+from xr_aimz.errors import AimzError, ModelError, OptionError
 from xr_aimz.infer.problem import Problem
 from xr_aimz.infer.scaled import batched_dims
-from xr_aimz.model import trace_sites
+from xr_aimz.model import location_of, trace_sites
 
 __all__ = ["check_guide", "check_model", "check_start", "local_sites"]
 
@@ -80,7 +80,7 @@ def check_model(problem: Problem, sizes: Mapping[str, int]) -> None:
     Raises
     ------
     ModelError
-        A site is not.
+        A site is not, or the model does not run on a batch.
     """
     binding, inputs = problem.binding, problem.inputs
     assert inputs is not None
@@ -92,11 +92,23 @@ def check_model(problem: Problem, sizes: Mapping[str, int]) -> None:
     }
     block = block_of(binding, here)
     arranged = partial(arrange, binding, dims=inputs.dims, block=block)
-    for site in trace_sites(problem.model, arranged, structs, block):
-        whole = problem.sites.get(site.name)
-        if site.kind == "param" or whole is None:
+    try:
+        found = trace_sites(problem.model, arranged, structs, block)
+    except AimzError:
+        raise
+    except Exception as error:
+        # Whatever a model raises on sizes that are not those of the data.
+        whole = {d: inputs.sizes[d] for d in sizes}
+        raise ModelError(
+            f"the model does not run on a batch of {dict(sizes)!r}, where the data have "
+            f"{whole!r}: it raised {type(error).__name__}: {error} ({location_of(error)}). Take "
+            "sizes from the arguments, x.shape[0], or from xr_aimz.plate, or leave batch= out"
+        ) from error
+    for site in found:
+        fitted = problem.sites.get(site.name)
+        if site.kind == "param" or fitted is None:
             continue
-        expected = shape_in_model(whole, binding, here)
+        expected = shape_in_model(fitted, binding, here)
         if site.shape != expected:
             raise ModelError(
                 f"site {site.name!r} has shape {site.shape!r} for a batch of {dict(sizes)!r}, and "

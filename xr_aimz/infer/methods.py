@@ -20,8 +20,12 @@ from xr_aimz.infer import laplace, mcmc, minibatch, stein, svi
 from xr_aimz.infer.cells import CellMethod, laplace_cells, mcmc_cells, svi_cells
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.posterior import Fit
+from xr_aimz.spelling import list_names, suggest
+from xr_aimz.whole_numbers import parse_count
 
 __all__ = ["cell_inference", "inference"]
+
+_NAMED = ("nuts", "svi", "laplace")
 
 
 def inference(
@@ -49,7 +53,7 @@ def inference(
         return _gaussian(_taken(method, asked, {"draws", "init"}), seed)
     raise OptionError(
         f"method={method!r}: there are 'nuts', 'svi', 'laplace', and NumPyro's own kernels, MCMC, "
-        "SVI, SteinVI and autoguides"
+        f"SVI, SteinVI and autoguides{suggest(_NAMED, [method])}"
     )
 
 
@@ -109,7 +113,7 @@ def cell_inference(model: Callable, method: Any, asked: dict[str, Any]) -> CellM
     raise OptionError(
         f"method={method!r} does not go with per=, which runs one compiled program in every "
         "cell: there are 'nuts', 'svi', 'laplace', NumPyro's HMC and NUTS, and classes of "
-        "autoguides, such as AutoMultivariateNormal"
+        f"autoguides, such as AutoMultivariateNormal{suggest(_NAMED, [method])}"
     )
 
 
@@ -120,6 +124,7 @@ def _in_batches(
     options = _batch_options(model, method, asked)
     previous, init = _previous(options.pop("init", None))
     optimizer, draws = options.pop("optimizer", None), options.pop("draws", DRAWN["draws"])
+    options.pop("assume_independent", None)
     full_rate = None
     if isinstance(method, SVI):
         if init is not None:
@@ -147,6 +152,7 @@ def _in_batches(
 
 def _batch_options(model: Callable, method: Any, asked: dict[str, Any]) -> dict[str, Any]:
     taken = {"batch", "draws", "steps", "epochs", "patience", "checkpoint", "init"}
+    taken |= {"assume_independent"}
     if not (isinstance(method, SVI) or method == "svi" or _is_guide(method)):
         raise OptionError(
             f"method={method!r} does not take ['batch']: batches are for variational inference, "
@@ -186,7 +192,7 @@ def _previous(init: Any) -> tuple[Any, Any]:
 
 def _check_whole(asked: dict[str, Any]) -> None:
     """What only a fit in batches takes."""
-    strays = sorted({"epochs", "patience", "checkpoint"} & set(asked))
+    strays = sorted({"epochs", "patience", "checkpoint", "assume_independent"} & set(asked))
     if strays:
         raise OptionError(
             f"{strays!r} go with batches: say batch={{'time': 100}}, or a number of observations, "
@@ -218,13 +224,11 @@ def _taken(method: Any, asked: dict[str, Any], taken: set[str]) -> dict[str, Any
     refused = sorted(set(asked) - taken)
     if refused:
         raise OptionError(
-            f"method={method!r} does not take {refused!r}; it takes {sorted(taken)!r}"
+            f"method={method!r} does not take {refused!r}; it takes "
+            f"{list_names(sorted(taken), refused)}"
         )
-    for name in {"draws", "chains", "warmup", "steps", "patience"} & set(asked):
-        value, least = asked[name], 0 if name == "warmup" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise OptionError(f"{name}={value!r}: it must be an int of at least {least}")
-    return dict(asked)
+    counts = {"draws", "chains", "warmup", "steps", "patience"} & set(asked)
+    return asked | {n: parse_count(n, asked[n], 0 if n == "warmup" else 1) for n in counts}
 
 
 def _same_model(model: Callable, owner: Any) -> None:
