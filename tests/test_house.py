@@ -50,6 +50,7 @@ ROOMS = (
     "concrete",
     "outside_support",
     "supports",
+    "index_ranges",
     "conversions",
     "labelling",
     "outcomes",

@@ -20,7 +20,7 @@ import xarray as xr
 from xr_aimz.binding import Binding
 from xr_aimz.errors import DtypeError
 from xr_aimz.inputs import Inputs
-from xr_aimz.requirements import BlockValues, label_part
+from xr_aimz.requirements import BlockValues, describe_variables, label_part
 
 __all__ = [
     "Precision",
@@ -263,7 +263,7 @@ def check_moments(
             error = known.get(f"error {key}")
             lossy = error is not None and ((error.values > _SHARE * sd) & (sd > 0)).any()
             if lossy and (arrays[key].dtype.kind == "f" or key in converted()):
-                what = f"variable {source.name!r} (argument {argument.name!r})"
+                what = describe_variables(binding)[key]
                 precision = Precision(key, what, found[source.name], binding.per)
                 _raise_at_first(precision, inputs, arrays[key])
     return xr.Dataset(found)

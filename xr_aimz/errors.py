@@ -15,6 +15,7 @@ __all__ = [
     "DimensionError",
     "DtypeError",
     "IncompleteStoreError",
+    "IndexRangeError",
     "InterventionError",
     "LabelError",
     "MemoryLimitError",
@@ -83,6 +84,10 @@ class DtypeError(AimzError, TypeError):
 
 class SupportError(AimzError, ValueError):
     """An outcome has values that its distribution cannot take: correct them, or change it."""
+
+
+class IndexRangeError(AimzError, IndexError):
+    """A value is no position on the axis that it indexes: leave it out, or fit with it."""
 
 
 class InterventionError(AimzError, ValueError):

@@ -25,7 +25,7 @@ from xr_aimz.casting import device_dtype, to_device_dtype
 from xr_aimz.cell_results import in_cells
 from xr_aimz.concrete import check_not_cut
 from xr_aimz.dataflow import dependencies
-from xr_aimz.device import recursions_of, traced
+from xr_aimz.device import recursions_of, trace
 from xr_aimz.drawn_from import Drawing
 from xr_aimz.errors import ModelError
 from xr_aimz.failures import explain_failure
@@ -40,7 +40,8 @@ from xr_aimz.guard import (
     site_layout,
 )
 from xr_aimz.holes import may_have_holes, without_holes
-from xr_aimz.input_checks import collect_requirements
+from xr_aimz.index_bounds import has_positions
+from xr_aimz.input_checks import collect_index_ranges, collect_requirements
 from xr_aimz.inputs import Inputs
 from xr_aimz.interventions import Intervention
 from xr_aimz.kernel import CONDITION, KNOWN, Program
@@ -183,9 +184,14 @@ class Evaluation:
 
     def traced(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], str]:
         """Outputs for one draw of a block of those sizes, and the name of the program."""
+        _, outputs, name = self.trace(sizes)
+        return outputs, name
+
+    def trace(self, sizes: Mapping[str, int]) -> tuple[Any, dict[str, Any], str]:
+        """The program of a block of those sizes, its outputs for one draw, and its name."""
         block = block_of(self.fit.binding, sizes)
         with explain_failure(self.fit, self.inputs, sizes):
-            return traced(self.factory(self.program, sizes), block, *self.structs(sizes))
+            return trace(self.factory(self.program, sizes), block, *self.structs(sizes))
 
     def padded(self, cut: Plan) -> dict[str, int]:
         """The size to which blocks are padded, so that one program serves all of them."""
@@ -236,13 +242,13 @@ def _judged_at_any_length(case: Case, blocks: Mapping[str, int], assumed: Any) -
 def evaluate(wanted: Evaluation) -> xr.Dataset:
     """The sites as lazy arrays with dims, without coordinates."""
     fit, inputs, binding = wanted.fit, wanted.inputs, wanted.fit.binding
-    for key, array in inputs.arrays.items():
-        if array.chunks is None and array.dtype.kind in "iu":
-            # A task would find it too; values in memory can be looked at now.
-            to_device_dtype(key, array.values)
+    _check_integers(inputs)
     lazily = check_in_memory(collect_requirements(fit, inputs, wanted.program), inputs)
     check_places(fit, inputs, tuple(wanted.latents))
-    structs, name = wanted.traced(inputs.sizes)
+    closed, structs, name = wanted.trace(inputs.sizes)
+    if has_positions(closed):
+        ranges = collect_index_ranges(fit, inputs, wanted.program, wanted.factory, wanted.latents)
+        lazily += check_in_memory(ranges, inputs)
     partly = [n for n in wanted.latents if KNOWN + n in inputs.arrays]
     if _may_recur(wanted, name):
         check_recursions(fit, inputs, wanted.sites, (*wanted.drawn, *partly), wanted.dependences)
@@ -273,6 +279,13 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
         requirements=resize(lazily, {**inputs.sizes, **padded}),
     )
     return _named(wanted, task, cut, outputs)
+
+
+def _check_integers(inputs: Inputs) -> None:
+    """Refuse integers that JAX cannot hold: a task would too, values in memory are checked now."""
+    for key, array in inputs.arrays.items():
+        if array.chunks is None and array.dtype.kind in "iu":
+            to_device_dtype(key, array.values)
 
 
 def _may_recur(wanted: Evaluation, name: str) -> bool:

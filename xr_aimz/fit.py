@@ -28,13 +28,14 @@ from xr_aimz.conversions import find_converted
 from xr_aimz.errors import ConvergenceWarning, DimensionError, ModelError, OptionError
 from xr_aimz.gaps import cells_with_gaps, sample_with_gaps
 from xr_aimz.guard import Case, judge, raise_if_coupled
+from xr_aimz.index_ranges import find_index_ranges
 from xr_aimz.infer import batchable
 from xr_aimz.infer.cells import CellMethod
 from xr_aimz.infer.methods import cell_inference, inference
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.infer.retarget import on_model
 from xr_aimz.inputs import Inputs
-from xr_aimz.kernel import Program
+from xr_aimz.kernel import Program, predictive
 from xr_aimz.kinds import check_model
 from xr_aimz.memory import check_fits
 from xr_aimz.missing import masked, prepare
@@ -43,7 +44,13 @@ from xr_aimz.options import shows_progress
 from xr_aimz.per_cell import Memory, Shelf, fit_cells, plan_cells
 from xr_aimz.posterior import Fit
 from xr_aimz.record import options_of, versions
-from xr_aimz.requirements import check_in_memory, check_values, label_whole
+from xr_aimz.requirements import (
+    Requirement,
+    check_in_memory,
+    check_values,
+    describe_variables,
+    label_whole,
+)
 from xr_aimz.shelf import Stored
 from xr_aimz.spelling import suggest
 from xr_aimz.supports import find_outcome_supports
@@ -305,8 +312,7 @@ def problem_of(
     """
     program = _program(bound)
     converted = partial(find_converted, program, bound.inputs, {})
-    supports = find_outcome_supports(program, bound.inputs, {})
-    shown, lazily = bound.inputs, check_in_memory(supports, bound.inputs)
+    shown, lazily = bound.inputs, check_in_memory(_requirements(bound), bound.inputs)
     if streamed:
         shown, sd = sample_with_gaps(bound.binding, bound.inputs, converted)
     check_fits(bound.binding, shown.arrays)
@@ -330,6 +336,15 @@ def _program(bound: Bound) -> Program:
     return Program(bound.model, binding, bound.sites, bound.inputs.dims, ())
 
 
+def _requirements(bound: Bound) -> tuple[Requirement, ...]:
+    """What outcomes, and inputs by which the model takes entries, must satisfy."""
+    program, inputs, words = _program(bound), bound.inputs, describe_variables(bound.binding)
+    labels = {**bound.binding.labels, **inputs.labels}
+    latents = frozenset(n for n, site in bound.sites.items() if site.kind == "latent")
+    ranges = find_index_ranges(predictive, program, latents, inputs, {}, words, labels)
+    return (*find_outcome_supports(program, inputs, {}), *ranges)
+
+
 def for_masked(method: Any, bound: Bound, model: Callable) -> Any:
     """``method=`` for a model that leaves missing values out."""
     wrap = partial(masked, binding=bound.binding, sites=bound.sites)
@@ -341,8 +356,7 @@ def _fit_cells(bound: Bound, method: CellMethod, seed: int, store: Any, progress
     # Masked whether or not there is a gap: a cell is fitted by one program wherever it lies.
     model = masked(bound.model, bound.binding, bound.sites)
     program = _program(bound)
-    supports = find_outcome_supports(program, bound.inputs, {})
-    lazily = check_in_memory(supports, bound.inputs)
+    lazily = check_in_memory(_requirements(bound), bound.inputs)
     known = {key: a.variable for key, a in bound.inputs.arrays.items()}
     converted = partial(find_converted, program, bound.inputs, {})
     sd = measure_sd(bound.binding, bound.inputs, known, converted)

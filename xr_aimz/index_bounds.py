@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from xr_aimz.dataflow import Labels, inner_programs, open_program, scan_counts
 
-__all__ = ["Position", "find_positions", "positions_of"]
+__all__ = ["Position", "find_positions", "has_positions", "positions_of"]
 
 # What lays its operand out otherwise and computes nothing.
 _LAYOUT = {
@@ -28,6 +28,7 @@ _LAYOUT = {
 }
 _CALLS = {"closed_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit", "remat2"}
 _SCATTERS = {"scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul", "scatter-sub"}
+_TAKING = {"dynamic_slice", "dynamic_update_slice", "gather", *_SCATTERS}
 
 
 @dataclass(frozen=True)
@@ -42,27 +43,29 @@ class Position:
         The last position on the axis that may be taken; the first is 0.
     is_input : bool
         Whether it is an input as it is, but for its layout.
-    indexed : tuple of (str, int), optional
-        The input that entries are taken of, and which of its axes, where it is one.
+    indexed : tuple of (int, int), optional
+        The argument of the program that entries are taken of, by number, and which of its axes;
+        None where they are taken of what the program computes.
     """
 
     sources: Labels
     highest: int
     is_input: bool
-    indexed: tuple[str, int] | None = None
+    indexed: tuple[int, int] | None = None
 
 
 @dataclass(eq=False)
 class _Value:
     """A value of the program; None where it depends on more than inputs.
 
-    ``unwrapped`` is a position before negative ones are counted from the end. ``negative`` and
-    ``shifted`` are values that this one is a step of that computation from.
+    ``argument`` is the number of the argument that it is, but for its layout. ``unwrapped`` is a
+    position before negative ones are counted from the end. ``negative`` and ``shifted`` are values
+    that this one is a step of that computation from.
     """
 
     value: Any
     labels: Labels = frozenset()
-    name: str | None = None
+    argument: int | None = None
     unwrapped: Any = None
     negative: _Value | None = None
     shifted: _Value | None = None
@@ -83,6 +86,15 @@ class _Value:
 class _Found:
     positions: list[Position] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
+
+
+def has_positions(program: Any) -> bool:
+    """Whether any operation of a program, at any depth, takes entries by position."""
+    jaxpr, _ = open_program(program)
+    return any(
+        equation.primitive.name in _TAKING or any(map(has_positions, inner_programs(equation)))
+        for equation in jaxpr.eqns
+    )
 
 
 def find_positions(closed: ClosedJaxpr, names: Sequence[str | None]) -> tuple[Position, ...]:
@@ -147,8 +159,10 @@ def _collect(
 ) -> tuple[list[Position], list[Any]]:
     found = _Found()
     given = [
-        _Value(None) if name is None else _Value(argument, frozenset({name}), name)
-        for name, argument in zip(names, arguments, strict=True)
+        _Value(None, argument=number)
+        if name is None
+        else _Value(argument, frozenset({name}), number)
+        for number, (name, argument) in enumerate(zip(names, arguments, strict=True))
     ]
     _run(closed, given, found)
     return found.positions, found.values
@@ -201,10 +215,10 @@ def _described(equation: Any, operands: Sequence[_Value], results: list[_Value])
     """The results with what is known of how they were made."""
     name, (first, *others) = equation.primitive.name, operands or [_Value(None)]
     if name in _LAYOUT:
-        return [replace(results[0], name=first.name)]
+        return [replace(results[0], argument=first.argument)]
     if name == "convert_element_type" and _is_integer(first.value):
         if _is_integer(results[0].value):
-            return [replace(results[0], name=first.name, integer_of=first.base)]
+            return [replace(results[0], argument=first.argument, integer_of=first.base)]
     elif name == "lt" and not others[0].labels and not np.ndim(others[0].value):
         if _is_integer(first.value) and _is_zero(others[0].value):
             return [replace(results[0], negative=first.base)]
@@ -215,7 +229,7 @@ def _described(equation: Any, operands: Sequence[_Value], results: list[_Value])
     elif name == "select_n" and len(others) == 2:
         kept, turned = others
         if first.negative is not None and first.negative is kept.base is turned.shifted:
-            return [replace(results[0], unwrapped=kept.raw, name=kept.name)]
+            return [replace(results[0], unwrapped=kept.raw, argument=kept.argument)]
     return results
 
 
@@ -251,8 +265,7 @@ def _note_indices(equation: Any, operands: Sequence[_Value], found: _Found) -> N
         windows = iter(numbers.update_window_dims)
         updates = equation.invars[2].aval.shape
         sizes = [1 if a in gone else updates[next(windows)] for a in range(len(lengths))]
-    # Who says that a position is to be clipped has thought of those beyond the axis.
-    if indices.value is None or equation.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+    if indices.value is None:
         return
     # Positions on several axes are columns, each of one operand of a concatenation.
     each = indices.columns if len(indices.columns) == len(axes) else (indices,) * len(axes)
@@ -268,8 +281,8 @@ def _note(
     if index.value is None or not index.labels:
         return
     target, axis = indexed
-    named = None if target.name is None else (target.name, axis)
-    is_input = index.name is not None
+    named = None if target.argument is None else (target.argument, axis)
+    is_input = index.argument is not None
     found.positions.append(Position(index.labels, highest, is_input, named))
     found.values.append(raw)
 
@@ -287,7 +300,7 @@ def _look_into_scan(equation: Any, operands: Sequence[_Value], found: _Found) ->
 
     def step(parts: list[Any]) -> list[Any]:
         each, inner = iter(parts), _Found()
-        own = [s if s.value is None else _Value(next(each), s.labels, s.name) for s in slices]
+        own = [s if s.value is None else _Value(next(each), s.labels, s.argument) for s in slices]
         _run(equation.params["jaxpr"], [*fixed, *carry, *own], inner)
         within.positions[:] = inner.positions
         return inner.values
@@ -310,9 +323,11 @@ def _look_into_cond(equation: Any, operands: Sequence[_Value], found: _Found) ->
     for number, branch in enumerate(equation.params["branches"]):
         inner = _Found()
         _run(branch, arguments, inner)
-        found.positions.extend(inner.positions)
         if chosen.value is None:
+            found.positions.extend(inner.positions)
             found.values.extend(inner.values)
         else:
+            # Where another branch is taken, an input is no position: these are computed.
+            found.positions.extend(replace(p, is_input=False) for p in inner.positions)
             taken = jnp.asarray(chosen.value, int) == number
             found.values.extend(jnp.where(taken, value, 0) for value in inner.values)

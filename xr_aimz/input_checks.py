@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import xarray as xr
 
 from xr_aimz.casting import Precision, is_wide, loses_bits
 from xr_aimz.concrete import require_same_values
 from xr_aimz.conversions import find_converted
+from xr_aimz.index_ranges import Factory, find_index_ranges
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import CONDITION, Program
 from xr_aimz.labelling import result_name
 from xr_aimz.posterior import Fit
-from xr_aimz.requirements import Requirement
+from xr_aimz.requirements import Requirement, describe_variables
 from xr_aimz.supports import find_outcome_supports, find_supports
 from xr_aimz.worlds import Worlds
 
-__all__ = ["collect_requirements"]
+__all__ = ["collect_index_ranges", "collect_requirements"]
 
 # Every integer up to here is a float of 32 bits.
 _DIGITS = 2**24
@@ -42,6 +45,18 @@ def collect_requirements(fit: Fit, inputs: Inputs, program: Program) -> tuple[Re
     return (*found, *find_outcome_supports(program, inputs, fit.params))
 
 
+def collect_index_ranges(
+    fit: Fit, inputs: Inputs, program: Program, factory: Factory, latents: Iterable[str]
+) -> tuple[Requirement, ...]:
+    """The requirements on inputs, and values of ``do``, by which a model takes entries."""
+    described = {**_variables(fit), **_conditions(fit), **_settings(fit, program.worlds)}
+    words = {key: what for key, (what, _) in described.items()}
+    labels = {**fit.binding.labels, **inputs.labels}
+    return find_index_ranges(
+        factory, program, frozenset(latents), inputs, fit.params, words, labels
+    )
+
+
 def _may_be_wide(array: xr.DataArray) -> bool:
     """Whether integers have, or are lazy and may have, more digits than JAX's floats."""
     if not is_wide(array.dtype) or array.chunks is not None or not array.size:
@@ -54,11 +69,8 @@ _Described = dict[str, tuple[str, str]]
 
 
 def _variables(fit: Fit) -> _Described:
-    return {
-        source.key: (f"variable {source.name!r} (argument {argument.name!r})", source.name)
-        for argument in fit.binding.arguments
-        for source in argument.sources
-    }
+    names = {s.key: s.name for a in fit.binding.arguments for s in a.sources}
+    return {k: (words, names[k]) for k, words in describe_variables(fit.binding).items()}
 
 
 def _conditions(fit: Fit) -> _Described:

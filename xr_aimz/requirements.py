@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
+from xr_aimz.binding import Binding
 from xr_aimz.inputs import Inputs
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Requirement",
     "check_in_memory",
     "check_values",
+    "describe_variables",
     "label_part",
     "label_whole",
     "resize",
@@ -82,6 +84,15 @@ class Requirement(Protocol):
 
     def at(self, sizes: Mapping[str, int]) -> Requirement | None:
         """The same on blocks that are at most of those sizes; None where it cannot be checked."""
+
+
+def describe_variables(binding: Binding) -> dict[str, str]:
+    """Say of each array which variable and argument it is."""
+    return {
+        source.key: f"variable {source.name!r} (argument {argument.name!r})"
+        for argument in binding.arguments
+        for source in argument.sources
+    }
 
 
 def resize(

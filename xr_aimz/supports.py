@@ -33,6 +33,9 @@ __all__ = [
     "call_structs",
     "find_outcome_supports",
     "find_supports",
+    "make_blank",
+    "pad_to",
+    "resize_structs",
     "structs_of",
 ]
 
@@ -99,20 +102,11 @@ class Support:
 
     def at(self, sizes: Mapping[str, int]) -> Support | None:
         """The same requirement for blocks that are padded to other sizes."""
-        structs = self._structs_at(sizes)
+        structs = resize_structs(self.program, self.structs, sizes)
         made = _traced(self.program, structs, self.params, sizes)
         if made is None:
             return None
         return replace(self, structs=structs, sizes=sizes, name=made.name)
-
-    def _structs_at(self, sizes: Mapping[str, int]) -> dict[str, Any]:
-        cut = self.program.binding.cut_dims
-        found = {}
-        for key, struct in self.structs.items():
-            axes = zip(self.program.dims[key], struct.shape, strict=True)
-            shape = tuple(sizes[d] if d in cut else n for d, n in axes)
-            found[key] = jax.ShapeDtypeStruct(shape, struct.dtype)
-        return found
 
     def _read(self, read: Any, values: BlockValues, name: str | None = None) -> np.ndarray:
         """What ``read`` makes of the site, on the cells of a block."""
@@ -122,11 +116,15 @@ class Support:
         if name is None:
             _, _, name = trace(factory(self.program, self.sizes), block, draw, shared)
         arrays = {
-            key: self._padded(key, values) if key in self.keys else _blank(struct)
+            key: pad_to(struct.shape, to_device_dtype(key, values.arrays[key]))
+            if key in self.keys
+            else make_blank(struct)
             for key, struct in self.structs.items()
         }
-        draws = jax.tree.map(lambda x: _blank(jax.ShapeDtypeStruct((1, *x.shape), x.dtype)), draw)
-        words = jax.tree.map(_blank, shared["words"])
+        draws = jax.tree.map(
+            lambda x: make_blank(jax.ShapeDtypeStruct((1, *x.shape), x.dtype)), draw
+        )
+        words = jax.tree.map(make_blank, shared["words"])
         found = run(
             name,
             lambda: factory(self.program, self.sizes),
@@ -137,11 +135,6 @@ class Support:
         lengths = values.sizes
         dims = self.program.result_dims(self.site)[: found.ndim]
         return found[tuple(slice(0, lengths.get(d)) for d in dims)]
-
-    def _padded(self, key: str, values: BlockValues) -> np.ndarray:
-        array, shape = to_device_dtype(key, values.arrays[key]), self.structs[key].shape
-        spare = [(0, n - m) for n, m in zip(shape, array.shape, strict=True)]
-        return np.pad(array, spare, mode="edge") if array.shape != shape else array
 
 
 def find_outcome_supports(
@@ -203,6 +196,25 @@ def find_supports(
                 Support(made.keys, what, own, params, structs, sizes, made.name, made.words)
             )
     return tuple(found)
+
+
+def resize_structs(
+    program: Program, structs: Mapping[str, Any], sizes: Mapping[str, int]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each array, as a program of a block of other sizes takes it."""
+    cut = program.binding.cut_dims
+    resized = {}
+    for key, struct in structs.items():
+        axes = zip(program.dims[key], struct.shape, strict=True)
+        shape = tuple(sizes[d] if d in cut else n for d, n in axes)
+        resized[key] = jax.ShapeDtypeStruct(shape, struct.dtype)
+    return resized
+
+
+def pad_to(shape: tuple[int, ...], array: np.ndarray) -> np.ndarray:
+    """Repeat the last entries of an array, up to a shape."""
+    spare = [(0, n - m) for n, m in zip(shape, array.shape, strict=True)]
+    return np.pad(array, spare, mode="edge") if array.shape != shape else array
 
 
 def structs_of(program: Program, inputs: Inputs) -> dict[str, jax.ShapeDtypeStruct]:
@@ -278,7 +290,7 @@ def _is_given(site: Site, program: Program, arrays: Mapping[str, Any]) -> bool:
     return bool(outcomes) and all(s.key in arrays for a in outcomes for s in a.sources)
 
 
-def _blank(struct: Any) -> np.ndarray:
+def make_blank(struct: Any) -> np.ndarray:
     """Zeros that take no room."""
     return np.broadcast_to(np.zeros((), struct.dtype), struct.shape)
 
