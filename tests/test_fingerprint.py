@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pandas as pd
 import pytest
 import xarray as xr
 from hypothesis import given
@@ -143,15 +145,47 @@ def test_zero_and_its_negative_and_dtypes_of_one_width_are_two():
     assert times(np.float32(1)) != times(np.int32(1065353216))
 
 
+@dataclass
+class Held:
+    """What a callback may hold: its text has eight digits, and not all of a long array."""
+
+    table: object
+
+
+@pytest.mark.parametrize("make", [np.asarray, pd.Series, lambda t: {"table": pd.Index(t)}])
+@pytest.mark.parametrize("length", [3, 3000])
+def test_an_object_of_a_callback_goes_by_all_of_its_values(make, length):
+    struct = jax.ShapeDtypeStruct((), np.float32)
+
+    def name(values):
+        held = Held(make(values))
+        return traced_fingerprint(
+            lambda x: jax.pure_callback(lambda v: v + len(vars(held)), struct, x), np.float32(1)
+        )
+
+    table = np.linspace(0, 1, length)
+    moved = table.copy()
+    moved[length // 2] = np.nextafter(moved[length // 2], 2)
+    assert name(table) == name(table.copy())
+    assert name(table) != name(moved)
+
+
 IN_A_PROCESS = """
 import jax, jax.numpy as jnp, numpy as np
 from xr_aimz.fingerprint import traced_fingerprint
+class Held:
+    def __init__(self, names):
+        self.names = names
+    def __repr__(self):
+        return f"Held({self.names})"
 names = {"b", "a", "some", "others", "x"}
 table = {name: float(len(name)) for name in sorted(names)}
 call = lambda x: jax.lax.cond(x > 0, lambda: x + table["some"], lambda: -x)
 struct = jax.ShapeDtypeStruct((), np.float32)
 held = lambda x: jax.pure_callback(lambda v: v + table["b"] + (v in names), struct, x)
-print(traced_fingerprint(call, np.float32(2)), traced_fingerprint(held, np.float32(2)))
+kept = Held({*names, "y", "z"})
+other = lambda x: jax.pure_callback(lambda v: v + len(kept.names), struct, x)
+print(*(traced_fingerprint(f, np.float32(2)) for f in (call, held, other)))
 """
 
 

@@ -16,9 +16,14 @@ HOUSE = Path(__file__).parents[1] / "xr_aimz"
 # From the ground up: a room imports only from rooms above it here.
 ROOMS = (
     "errors",
+    "caller",
     "spelling",
     "whole_numbers",
     "options",
+    "listing",
+    "origins",
+    "words",
+    "identity",
     "defaults",
     "labels",
     "threefry",
@@ -60,6 +65,7 @@ ROOMS = (
     "densities",
     "guard",
     "cell_diagnostics",
+    "completeness",
     "manifest",
     "rounding",
     "scheduling",
@@ -83,12 +89,12 @@ ROOMS = (
     "infer.problem",
     "infer.coverage",
     "infer.mcmc",
+    "infer.repeatable",
     "infer.svi",
     "infer.stein",
     "infer.losses",
     "infer.entries",
     "infer.scaled",
-    "infer.repeatable",
     "infer.batchable",
     "infer.training",
     "infer.entry_draws",
@@ -133,6 +139,7 @@ ROOMS = (
     "predict",
     "prior",
     "effects",
+    "results_identity",
     "transaction",
     "store",
     "flavour",
@@ -171,11 +178,13 @@ ROOMS = (
 )
 # Where alone a package may be imported.
 HOMES = {
-    "dask": {"blocks", "operands", "scheduling", "store", "stream", "writing"},
+    "dask": {"blocks", "identity", "operands", "scheduling", "stream", "words", "writing"},
     # A fit larger than memory goes to disk as it is made, before there is anything to predict.
     "zarr": {
         "flavour.archive",
+        "listing",
         "manifest",
+        "origins",
         "shelf",
         "store",
         "template",

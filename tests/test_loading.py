@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 import saved_models
 import xarray as xr
@@ -103,6 +106,30 @@ def test_what_is_lazy_is_lazy_again(fits, tmp_path):
     fit.save(tmp_path / "fit.zarr")
     back = xr_aimz.load_fit(tmp_path / "fit.zarr", fit.model)
     assert back.posterior.slope.chunks == fit.posterior.slope.chunks
+
+
+def test_names_of_what_was_stacked_are_strings_there_and_back(tmp_path):
+    rng = np.random.default_rng(0)
+    values = {n: ("t", rng.normal(size=8)) for n in ("rain", "y", "z")}
+    ds = xr.Dataset(values, {"t": list("abcdefgh"), "group": ["north", "south"]})
+
+    def model(X, y=None):
+        dims = {"event_dims": ["feature"]}
+        slope = numpyro.sample("slope", dist.Normal(jnp.zeros(2), 1).to_event(1), infer=dims)
+        with numpyro.plate("group", 2):
+            numpyro.sample("shift", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(X @ slope, 1), obs=y)
+
+    draws = {"slope": rng.normal(size=(1, 3, 2)), "shift": rng.normal(size=(1, 3, 2))}
+    fit = ds.aimz.from_posterior(model, draws, {"X": ["rain", "z"]}, dim="t")
+    fit.save(tmp_path / "fit.zarr")
+    back = xr_aimz.load_fit(tmp_path / "fit.zarr", model)
+    stored = fit.posterior.chunk(draw=1).aimz.to_zarr(tmp_path / "draws.zarr")
+    for posterior in (fit.posterior, back.posterior, stored):
+        assert posterior.feature.dtype == np.dtype("<U4")
+        assert posterior.group.dtype == np.dtype("<U5")
+        assert posterior.feature.values.tolist() == ["rain", "z"]
+    assert back.observed_data.t.dtype == ds.t.dtype
 
 
 def test_other_readers_of_zarr_open_the_groups(fits, tmp_path):

@@ -141,6 +141,19 @@ def test_a_full_disk_is_foretold(small_disk):
     assert list(small_disk.iterdir()) == []
 
 
+def test_what_a_store_replaces_counts_as_space(small_disk):
+    ds, path = noise(50), small_disk / "out.zarr"
+    ds.aimz.to_zarr(path)
+    with pytest.raises(SpaceError):
+        ds.aimz.to_zarr(small_disk / "other.zarr")
+    back = (-ds).aimz.to_zarr(path, mode="w")
+    xr.testing.assert_identical(back.load(), -ds.load())
+    with pytest.raises(SpaceError):
+        noise(100).aimz.to_zarr(path, mode="w")
+    # A refusal has touched nothing.
+    xr.testing.assert_identical(open_zarr(path).load(), -ds.load())
+
+
 def test_a_disk_that_fills_on_the_way_loses_nothing(small_disk):
     ds, path = noise(), small_disk / "out.zarr"
     remount(small_disk, "size=6m")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import xarray as xr
 
 import xr_aimz
 from xr_aimz import tiles
-from xr_aimz.errors import StoreError
+from xr_aimz.errors import DamagedStoreError, StoreError, StoreKindError
 
 OPTIONS = {"per": ("lat", "lon"), "method": "laplace", "draws": 30, "progress": False}
 # A tile has 240 cells, so that blocks are two rows of a hundred, and the one that is left.
@@ -141,6 +142,27 @@ def test_the_store_of_another_fit_is_refused(ds, tmp_path, change, options, matc
     stored(ds, store)
     with pytest.raises(StoreError, match=match):
         stored(change(ds), store, **options)
+
+
+def test_load_fit_says_what_the_store_is_and_how_to_come_to_a_fit(ds, expected, tmp_path):
+    store, saved = tmp_path / "cells.zarr", tmp_path / "saved.zarr"
+    fit = stored(ds, store)
+    with pytest.raises(StoreKindError, match="what a fit per cell has as its store=") as caught:
+        xr_aimz.load_fit(store, line)
+    assert "the spec was changed" not in str(caught.value)
+    # The remedies that it names.
+    with xr.open_datatree(store, engine="zarr", consolidated=False) as tree:
+        assert tree["posterior"].sizes["lon"] == 100
+    stored(ds, store).save(saved)
+    loaded = xr_aimz.load_fit(saved, line)
+    assert loaded.token == fit.token
+    # A saved fit whose spec was changed is another thing.
+    root = json.loads((saved / "zarr.json").read_text())
+    root["attributes"]["xr_aimz_fit"]["method"] = "other"
+    (saved / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(DamagedStoreError, match="the spec was changed") as caught:
+        xr_aimz.load_fit(saved, line)
+    assert not isinstance(caught.value, StoreKindError)
 
 
 def test_what_is_no_fit_is_refused(ds, tmp_path):

@@ -146,14 +146,15 @@ class Watched:
         self.read.append(region[-1].start)
         return self.values[region]
 
+    def __dask_tokenize__(self):
+        # One name whatever happens: that of what is computed.
+        return "tas-of-the-test"
+
 
 def watched(ds, most=None):
     """The Dataset in blocks of a latitude, and what has been read of its ``tas``."""
     lazy, source = ds.chunk(lat=1), Watched(ds.tas.values, most)
-    # One name whatever happens: that of what is computed.
-    data = da.from_array(
-        source, lazy.tas.data.chunks, name="tas-of-the-test", meta=np.empty((0,) * 4, "f4")
-    )
+    data = da.from_array(source, lazy.tas.data.chunks, meta=np.empty((0,) * 4, "f4"))
     return lazy.assign(tas=lazy.tas.copy(data=data)), source
 
 
@@ -216,6 +217,28 @@ def test_strings_come_back_without_a_warning(ds, tmp_path, values):
     assert back.run.item() == "r1i1p1"
     xr.testing.assert_equal(back, named)
     assert back.kind.dtype.kind in "UOT"
+
+
+STRINGS = {
+    "fixed": np.array(["a", "bb", "ccc"]),
+    "objects": np.array(["a", "bb", "ccc"], object),
+    "of any length": np.array(["a", "bb", "ccc"], np.dtypes.StringDType()),
+}
+
+
+@pytest.mark.parametrize("kind", STRINGS)
+@pytest.mark.parametrize("lazy", [False, True])
+def test_strings_come_back_in_the_dtype_that_they_had(ds, tmp_path, kind, lazy):
+    values, path = STRINGS[kind], tmp_path / "out.zarr"
+    named = ds.assign_coords(lat=values, kind=("lat", values), run=((), values[1])).assign(
+        word=("lat", values)
+    )
+    chunked = named.chunk(lat=2) if lazy else named.assign(tas=named.tas.chunk(lat=2))
+    assert (chunked.kind.chunks is not None) == lazy
+    for back in (to_zarr(chunked, path), open_zarr(path), to_zarr(chunked, path)):
+        for name in ("lat", "kind", "run", "word"):
+            assert back[name].dtype == chunked[name].dtype, name
+        xr.testing.assert_identical(back.load(), named)
 
 
 def test_calendar_dates_come_back(ds, tmp_path):
@@ -315,6 +338,14 @@ def test_options_without_sense_are_refused(ds, tmp_path, options):
     with pytest.raises(OptionError):
         to_zarr(ds.chunk(lat=1), tmp_path / "out.zarr", **options)
     assert not (tmp_path / "out.zarr").exists()
+
+
+def test_lazy_calendar_dates_come_back(ds, tmp_path):
+    pytest.importorskip("cftime")
+    days = xr.date_range("2000-02-28", periods=5, calendar="360_day", use_cftime=True)
+    dated = ds.assign_coords(day=("time", days))
+    back = to_zarr(dated.chunk(time=2), tmp_path / "out.zarr").load()
+    xr.testing.assert_identical(back, dated)
 
 
 def test_results_larger_than_the_disk_are_refused_before_any_work(tmp_path):

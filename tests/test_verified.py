@@ -21,6 +21,7 @@ from xr_aimz.errors import (
     IncompleteStoreError,
     MemoryLimitError,
     ModelError,
+    StoreKindError,
 )
 
 TOUCHED = Path("/tmp") / f"xr_aimz-touched-{os.getpid()}"
@@ -161,7 +162,12 @@ def test_what_was_not_written_to_its_end(store, tmp_path):
 
 def test_another_zarr_store(tmp_path):
     xr.Dataset({"a": 1}).to_zarr(tmp_path / "a.zarr", consolidated=False)
-    refused(tmp_path / "a.zarr", "is no saved fit")
+    refused(tmp_path / "a.zarr", "is no saved fit", StoreKindError)
+
+
+def test_results_are_no_fit(tmp_path):
+    xr.Dataset({"a": ("x", np.ones(2))}).aimz.to_zarr(tmp_path / "a.zarr")
+    refused(tmp_path / "a.zarr", "holds results of to_zarr.*open_zarr", StoreKindError)
 
 
 def test_a_format_of_the_future(store):

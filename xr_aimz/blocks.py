@@ -18,12 +18,12 @@ import numpy as np
 import xarray as xr
 from dask._task_spec import DataNode, TaskRef
 from dask._task_spec import Task as GraphTask
-from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
 from xr_aimz.binding import block_of
 from xr_aimz.casting import to_device_dtype
 from xr_aimz.device import run
+from xr_aimz.identity import identify
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Call, Program
 from xr_aimz.operands import KINDS, Dims, Operand, operands
@@ -55,6 +55,9 @@ class Task:
         Of the dimensions that are never cut.
     after : callable
         What a task makes of its sites' draws ``(chain, draw, *dims)`` before they leave it.
+    origins : mapping of str to str
+        What the results are made from, in words, with a digest of each: what may be said of two
+        that differ.
     requirements : tuple of Requirement
         What the values of lazy arrays must satisfy.
     unlabelled : frozenset of str
@@ -70,6 +73,7 @@ class Task:
     sizes: Mapping[str, int]
     operands: tuple[tuple[str, str, Dims], ...] = field(default=())
     after: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
+    origins: Mapping[str, str] = field(default_factory=dict)
     requirements: tuple[Requirement, ...] = ()
     unlabelled: frozenset[str] = frozenset()
 
@@ -96,19 +100,25 @@ def lazy_sites(
         ``struct`` has the dtype, and the shape along ``dims`` of one whole padded block, less
         chain and draw.
     """
-    # Equal tokens, equal values: what dask may share between two graphs.
+    # Equal tokens, equal values, in any process: what dask may share between two graphs, and
+    # what a write that was cut short is taken up by.
     cut_dims = task.program.binding.cut_dims
-    labels = {d: inputs.labels.get(d) for d in cut_dims}
-    arrays = dict(inputs.arrays)
-    token = tokenize(task.identity, task.name, task.after, plan, keys, labels, arrays)
     chunks = {"chain": plan.chain, "draw": plan.draw, **plan.chunks}
+    arrays = inputs.arrays
     labelled = [d for d in inputs.sizes if task.requirements and d in _dims_of(arrays)]
     passed = operands(inputs, latents, keys, cut_dims, chunks, labelled)
-    unlabelled = frozenset(labelled) - set(inputs.labels)
+    own = {
+        "the draws of the fit": task.identity,
+        "the model, its sites or its options": task.name,
+        "the statistics": identify(task.after).digest,
+    }
+    origins = own | {o.title: identify(o.dims, o.array).digest for o in passed}
+    token = identify(origins, tuple(chunks.items())).digest
     described = replace(
         task,
         operands=tuple((o.kind, o.name, o.dims) for o in passed),
-        unlabelled=unlabelled,
+        unlabelled=frozenset(labelled) - set(inputs.labels),
+        origins=origins,
     )
     blocks = _task_layer(described, passed, chunks, token)
     return {

@@ -25,8 +25,10 @@ __all__ = [
     "ModelError",
     "OptionError",
     "RandomnessError",
+    "ResumeWarning",
     "SpaceError",
     "StoreError",
+    "StoreKindError",
     "SupportError",
     "TrackingWarning",
     "UnitsError",
@@ -114,8 +116,12 @@ class DamagedStoreError(AimzError, ValueError):
     """A store is not as it was written, or holds what no fit does: take another copy."""
 
 
+class StoreKindError(DamagedStoreError):
+    """A store is of another kind than is read here: open it by what it was made for."""
+
+
 class IncompleteStoreError(AimzError, FileNotFoundError):
-    """A store was not written to its end: write the same results to it again."""
+    """A store lacks blocks: write the same results to it again."""
 
 
 class SpaceError(AimzError, OSError):
@@ -136,3 +142,7 @@ class ConvergenceWarning(UserWarning):
 
 class TrackingWarning(UserWarning):
     """A fit is whole, and what a tracking server has of it is not: log it again."""
+
+
+class ResumeWarning(UserWarning):
+    """A write that is cut short could not be taken up by another process."""

@@ -12,7 +12,6 @@ import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
 from threading import Lock
@@ -24,6 +23,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from xr_aimz.dataflow import open_program
+from xr_aimz.identity import identify
 
 __all__ = [
     "RecentlyUsed",
@@ -165,23 +165,24 @@ def _globals(function: FunctionType) -> dict[str, Any]:
 
 
 def _object(value: Any, memo: dict[int, bytes]) -> bytes:
-    """Digest of an object by what it prints; where that is its address, by its attributes."""
-    shown = repr(value)
-    if not _ADDRESS.search(shown):
+    """Digest of an object: one of JAX's by what it prints, any other by what it holds."""
+    shown = repr(value) if _is_of_a_library(value) else ""
+    if shown and not _ADDRESS.search(shown):
         return _hash(type(value).__qualname__, shown)
-    if isinstance(value, type):
+    if isinstance(value, type) and _is_of_a_library(value):
         return _hash(value.__module__, value.__qualname__)
     if hasattr(value, "__wrapped__"):
         return _setting(value.__wrapped__, memo)
-    names = [field.name for field in fields(value)] if is_dataclass(value) else []
-    held = {name: getattr(value, name) for name in names} or getattr(value, "__dict__", None)
-    if held and id(value) not in memo:
-        memo[id(value)] = b"recursion"
-        memo[id(value)] = _hash(type(value).__qualname__, _setting(held, memo))
     if id(value) not in memo:
-        # Nothing tells what it does: it is like no other, in this process or in another.
-        memo[id(value)] = uuid.uuid4().bytes
+        found = identify(value)
+        # Where nothing tells what it does, it is like no other, in this process or in another.
+        memo[id(value)] = uuid.uuid4().bytes if found.unnamed else _hash(found.digest)
     return memo[id(value)]
+
+
+def _is_of_a_library(value: Any) -> bool:
+    kind = value if isinstance(value, type) else type(value)
+    return kind.__module__.partition(".")[0] in _LIBRARIES
 
 
 def _hash(*parts: Any) -> bytes:

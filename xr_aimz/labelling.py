@@ -73,8 +73,15 @@ def with_coords(ds: xr.Dataset, binding: Binding, inputs: Inputs) -> xr.Dataset:
     ds = ds.assign_coords(inputs.coords.drop_vars(misfits).coords)
     for d, index in extra_labels(binding).items():
         if d in ds.dims and d not in ds.coords and ds.sizes[d] == len(index):
-            ds = ds.assign_coords({d: index})
+            ds = ds.assign_coords({d: _as_coordinate(index)})
     return ds
+
+
+def _as_coordinate(index: pd.Index) -> Any:
+    """Labels as xarray has them: strings as an array of strings, where pandas has objects."""
+    values = index.to_numpy()
+    is_text = values.dtype.kind == "O" and all(isinstance(v, str) for v in values)
+    return values.astype(str) if is_text and len(values) else index
 
 
 def extra_labels(binding: Binding) -> dict[str, pd.Index]:

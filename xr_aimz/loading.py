@@ -15,6 +15,7 @@ from xr_aimz.binding import LAYOUTS, Argument, Binding, Source
 from xr_aimz.bound import Bound
 from xr_aimz.errors import DamagedStoreError
 from xr_aimz.further import Kept, Origin
+from xr_aimz.identity import kept_name
 from xr_aimz.inputs import Inputs
 from xr_aimz.model import Plate, Site
 from xr_aimz.packing import unpack
@@ -70,6 +71,8 @@ def load_fit(
     ------
     IncompleteStoreError
         There is no store, or it was not written to its end.
+    StoreKindError
+        The store is not that of a saved fit, but of a fit per cell or of results, say.
     DamagedStoreError
         The store was changed or damaged, or has something in it that no fit has: the message
         says what and where.
@@ -178,7 +181,7 @@ class _Reader:
             return xr.Variable(entry["dims"], self.array(entry), attrs)
         chunks = tuple(map(tuple, entry["lazy"]["chunks"]))
         # Under the name that it had: equal names, equal values, and so the token is the same.
-        name = entry["lazy"]["name"]
+        name = kept_name(entry["lazy"]["name"])
         found = self._vault.chunked(entry["path"], entry["dims"], chunks, name)
         found.attrs = attrs
         return found

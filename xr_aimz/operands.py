@@ -17,9 +17,9 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 from dask._task_spec import Task as GraphTask
-from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
+from xr_aimz.identity import named_by
 from xr_aimz.inputs import Inputs
 from xr_aimz.labels import label_words
 
@@ -27,6 +27,13 @@ __all__ = ["KINDS", "Dims", "Operand", "operands"]
 
 KINDS = ("keys", "words", "array", "latent", "labels")
 Dims = tuple[str | None, ...]
+_TITLES = {
+    "keys": "the seed, or the labels of chains and draws",
+    "words": "the labels of {!r}",
+    "array": "the values of {!r}",
+    "latent": "the draws of {!r}",
+    "labels": "the coordinate {!r}",
+}
 # Of the keys: the last axes, of sites and of the two words of a key, are no dims of a block's.
 _KEYS: Dims = ("chain", "draw", None, None)
 
@@ -52,6 +59,11 @@ class Operand:
     dims: Dims
     array: da.Array
     pieces: tuple[tuple[tuple[int, slice], ...], ...]
+
+    @property
+    def title(self) -> str:
+        """What it is, for a message."""
+        return _TITLES[self.kind].format(self.name)
 
     def part(self, at: Mapping[str, int]) -> tuple[tuple[Any, ...], tuple[slice, ...]]:
         """The chunk for the block at those places, by its key, and the part of it to take."""
@@ -98,7 +110,7 @@ def _operand(
     )
     if not isinstance(array, da.Array):
         array = np.asarray(array)
-        array = da.from_array(array, wanted, name=f"aimz-input-{tokenize(array, wanted)}")
+        array = da.from_array(array, wanted, name=named_by("input", array, wanted))
     elif not all(map(_within, wanted, array.chunks)):
         array = array.rechunk(wanted)
     pieces = tuple(tuple(_pieces(*both)) for both in zip(wanted, array.chunks, strict=True))
@@ -130,7 +142,7 @@ def _words(dim: str, inputs: Inputs, chunks: tuple[int, ...]) -> Any:
     if labels is not None:
         return label_words(dim, labels, size=inputs.sizes[dim])
     # Positions are labels that a block can count for itself: there may be very many.
-    name = f"aimz-words-{tokenize(dim, chunks)}"
+    name = named_by("words", dim, chunks)
     starts = accumulate((0, *chunks[:-1]))
     graph: dict[Any, Any] = {
         (name, i, 0): GraphTask((name, i, 0), _position_words, dim, start, length)

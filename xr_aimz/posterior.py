@@ -22,6 +22,7 @@ import xarray as xr
 from xr_aimz import diagnostics
 from xr_aimz.binding import Binding
 from xr_aimz.errors import OptionError
+from xr_aimz.identity import lazy_name
 from xr_aimz.labelling import result_name
 from xr_aimz.model import Site
 from xr_aimz.whole_numbers import parse_count, parse_seed
@@ -115,7 +116,7 @@ class Fit:
 
     @cached_property
     def token(self) -> str:
-        """A name for the draws and params by their content; lazy draws by their graph's."""
+        """A name for the draws and params: by content, or by what lazy draws are made from."""
         return token_of(self.posterior, self.params)
 
     def sample(self, draws: int, *, seed: int = 0) -> Fit:
@@ -361,7 +362,7 @@ def token_of(posterior: xr.Dataset, params: Mapping[str, Any]) -> str:
 
 def _content(variable: xr.Variable) -> bytes:
     if variable.chunks is not None:
-        return str(variable.data.name).encode()
+        return lazy_name(variable.data).encode()
     values = variable.values
     return repr(values.tolist()).encode() if values.dtype.kind == "O" else values.tobytes()
 

@@ -18,6 +18,7 @@ import xarray as xr
 from xr_aimz.binding import Argument, Binding
 from xr_aimz.errors import StoreError
 from xr_aimz.further import Kept
+from xr_aimz.identity import lazy_name
 from xr_aimz.model import Site
 from xr_aimz.packing import pack
 from xr_aimz.source import told
@@ -84,7 +85,7 @@ class _Box:
         else:
             self.content.lazy[path], how = _lazily(variable, what)
             told_too = {}
-            entry["lazy"] = {"name": str(variable.data.name), "chunks": list(variable.chunks)}
+            entry["lazy"] = {"name": lazy_name(variable.data), "chunks": list(variable.chunks)}
         self.content.attrs[path] = _readable(variable.attrs, told_too)
         return {**entry, **how}
 

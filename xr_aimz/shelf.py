@@ -4,27 +4,35 @@ The store has the groups of ArviZ's schema, ``posterior`` and ``sample_stats``, 
 chunk for each block of cells, and a record of finished blocks. A block is recorded after
 all its chunks are there, with a digest of the data that it was made from, so a run that
 was cut short goes on where it stopped and nothing half-written is taken for whole. Until
-the last block the store says in its attrs that it is incomplete.
+the last block the store says in its attrs that it is incomplete; then it gets a record of the
+sizes of all chunks. A block of which a chunk was lost or cut since is fitted anew.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 import zarr
+from zarr.storage import LocalStore
 
+from xr_aimz.completeness import Damage, find_damage, sizes_of
 from xr_aimz.errors import StoreError
+from xr_aimz.listing import list_entries
 from xr_aimz.per_cell import Arrays, Place, Plan
-from xr_aimz.template import CODECS
+from xr_aimz.template import CHECKED, missing_value
 
 __all__ = ["Stored"]
 
 INCOMPLETE = "xr_aimz_incomplete"
 _IDENTITY, _BLOCK, _RECORD = "xr_aimz_fit", "xr_aimz_block", "xr_aimz_finished"
+# Within the array of the record, where no reader of Zarr looks for a group or an array.
+_SIZES = f"{_RECORD}/chunks.json"
 
 
 class Stored:
@@ -59,18 +67,25 @@ class Stored:
                 f"store={str(self._path)!r} has a fit of other data: the values of block "
                 f"{place.numbers!r} have changed. Choose another path, or remove the store"
             )
-        return bool(found)
+        return bool(found) and place.numbers not in self._damaged
 
     def put(self, place: Place, data: str, arrays: Arrays) -> None:
         """Write a block, and record it once it is there."""
         leads = {name: lead for name, (lead, _, _) in self._plan.arrays().items()}
-        for name, values in arrays.items():
-            at = (slice(None),) * leads[name] + place.slices
-            self._array(name)[at] = values
+        # A chunk that is absent is a chunk that was lost; an array keeps what was set when it
+        # was opened.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            for name, values in arrays.items():
+                at = (slice(None),) * leads[name] + place.slices
+                self._array(name)[at] = values
         self._record[place.numbers] = _number(data)
 
     def arrays(self) -> dict[str, Any]:
         """The whole arrays, lazily."""
+        documents = self._documents()
+        found = {"sizes": sizes_of(documents, list_entries(LocalStore(self._path)))}
+        if found != self._recorded():
+            (self._path / _SIZES).write_text(json.dumps(found, separators=(",", ":")))
         if INCOMPLETE in self._root.attrs:
             del self._root.attrs[INCOMPLETE]
         opened = {
@@ -86,6 +101,29 @@ class Stored:
     @property
     def _record(self) -> Any:
         return self._root[_RECORD]
+
+    @cached_property
+    def _damaged(self) -> frozenset[tuple[int, ...]]:
+        """The blocks of which a chunk was lost or cut since, by one listing."""
+        # An earlier version, which wrote no checksums, did not always write an empty chunk.
+        documents = {n: d for n, d in self._documents().items() if _has_checksum(d)}
+        sizes = self._recorded().get("sizes", {})
+        damage = find_damage(documents, list_entries(LocalStore(self._path)), sizes)
+        return frozenset(number for name in documents for number in self._blocks_in(name, damage))
+
+    def _blocks_in(self, path: str, damage: Damage) -> set[tuple[int, ...]]:
+        leads = {"/".join(_place_of(n)): lead for n, (lead, _, _) in self._plan.arrays().items()}
+        cells = slice(leads[path], leads[path] + len(self.block))
+        return {index[cells] for index in damage.of(path)}
+
+    def _documents(self) -> dict[str, Mapping[str, Any]]:
+        """The metadata of the arrays of draws and statistics."""
+        arrays = {"/".join(_place_of(n)): self._array(n) for n in self._plan.arrays()}
+        return {path: array.metadata.to_dict() for path, array in arrays.items()}
+
+    def _recorded(self) -> dict[str, Any]:
+        path = self._path / _SIZES
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def _array(self, name: str) -> Any:
         return self._root["/".join(_place_of(name))]
@@ -130,8 +168,8 @@ class Stored:
                 shape=shape,
                 dtype=dtype,
                 chunks=tuple(min(c, max(n, 1)) for c, n in zip(chunks, shape, strict=True)),
-                compressors=CODECS,
-                fill_value=np.nan if dtype.kind == "f" else 0,
+                compressors=CHECKED,
+                fill_value=missing_value(dtype),
                 dimension_names=self._dims(name, lead, len(shape)),
                 overwrite=True,
                 config={"write_empty_chunks": True},
@@ -151,6 +189,10 @@ class Stored:
         first = (("chain", "draw") if lead == 2 else ("step",))[:lead]
         rest = ndim - lead - len(binding.per)
         return (*first, *binding.per, *(f"{_place_of(name)[1]}_dim_{i}" for i in range(rest)))
+
+
+def _has_checksum(document: Mapping[str, Any]) -> bool:
+    return any(codec["name"] == "crc32c" for codec in document["codecs"])
 
 
 def _place_of(name: str) -> tuple[str, str]:
@@ -179,5 +221,5 @@ def _storable(coords: xr.Dataset, per: tuple[str, ...]) -> xr.Dataset:
     }
     kept = kept.assign_coords(strings)
     for variable in kept.variables.values():
-        variable.encoding = {}
+        variable.encoding = {"compressors": CHECKED}
     return kept

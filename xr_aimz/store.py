@@ -1,37 +1,53 @@
 """Results on disk: a lazy Dataset streamed to Zarr, block by block, and reopened.
 
 Chunks on disk are the blocks of the graph, so a task writes whole chunks and no two
-tasks share one. A write that was cut short goes on where it stopped: the graph names
-what it computes by its content, and the manifest knows which blocks are there.
+tasks share one. A write that was cut short goes on where it stopped, and one that has lost
+blocks since writes those: the manifest knows what is written, by names that stay the same in
+another process, and which blocks are there.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import xarray as xr
-from dask.base import tokenize
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
 from xr_aimz import manifest
+from xr_aimz.caller import warn_caller
+from xr_aimz.completeness import Damage, chunk_key
 from xr_aimz.errors import (
+    DamagedStoreError,
     IncompleteStoreError,
     OptionError,
+    ResumeWarning,
     SpaceError,
     StoreError,
     WriteError,
 )
-from xr_aimz.lineage import passing
+from xr_aimz.listing import list_entries
 from xr_aimz.manifest import Manifest
-from xr_aimz.record import versions
+from xr_aimz.results_identity import differences, manifest_of
 from xr_aimz.rounding import MANTISSA
-from xr_aimz.template import encoded, layout, plain, sharded, template, uniform
+from xr_aimz.template import (
+    encoded,
+    layout,
+    sharded,
+    strings_of,
+    template,
+    uniform,
+    with_objects_loaded,
+    with_strings,
+)
 from xr_aimz.transaction import commit, is_repository
+from xr_aimz.transaction import opened as opened_repository
 from xr_aimz.writing import stores_read, write
 
 __all__ = ["open_zarr", "to_zarr"]
@@ -60,8 +76,9 @@ def to_zarr(
     mode : {"w-", "w"}
         ``"w-"`` refuses what exists, other than an own write to resume; ``"w"`` replaces it.
     resume : bool, default True
-        Go on where an earlier write of the same results to this store was cut short: blocks
-        that are there are not computed again, and a store that is whole is only opened.
+        Go on where an earlier write of the same results to this store was cut short, in this
+        process or another: blocks that are there are not computed again, a store that is whole
+        is only opened, and blocks that it has lost since are computed again.
     precision : int, optional
         Keep this many bits of each float's mantissa (float32 has 23): values are rounded,
         by at most ``2 ** -(precision + 1)`` of their size. By default all are kept.
@@ -86,8 +103,16 @@ def to_zarr(
         Writing failed on the way; what is written stays, and the same call goes on.
     OptionError
 
+    Warns
+    -----
+    ResumeWarning
+        The results are made from something that another process cannot tell to be the same,
+        so that it could not go on with this write.
+
     Notes
     -----
+    A lost chunk of floats reads as NaN in any reader of Zarr. :func:`open_zarr` finds chunks that
+    were lost or cut.
     Until its last block is written a store has no root metadata, so no reader takes it
     for whole. Blocks survive the death of the process; against a loss of power they are
     as safe as the file system makes them.
@@ -104,29 +129,35 @@ def to_zarr(
     [1.0, 2.0, 3.0]
     """
     _check_options(mode, precision, shards)
-    blocks = uniform(ds)
+    loaded = with_objects_loaded(ds)
+    blocks = uniform(loaded)
     whole = sharded(blocks, shards)
     lazy = encoded(whole)
     lengths = layout(blocks, lazy, shards)
     laid = partial(template, whole, lazy, lengths)
-    fingerprint = _fingerprint(whole, precision, lengths)
+    options = {"precision": precision, "chunks and shards": lengths}
+    mine = manifest_of(whole, lazy, options, strings_of(loaded))
     if is_repository(store):
         write_all = partial(write, lazy=lazy, done=(), precision=precision, progress=progress)
-        return commit(store, laid, write_all, fingerprint, replace=mode == "w", resume=resume)
-    into = manifest.as_store(store)
-    count = {name: v.data.npartitions for name, v in lazy.items()}
-    mine = Manifest(fingerprint, count)
+        return commit(store, laid, write_all, mine, replace=mode == "w", resume=resume)
+    into, damage = manifest.as_store(store), None
     if mode == "w":
-        _check_space(into, lazy, 0)
-        _check_own_source(store, into, lazy)
+        _check_replaceable(store, into, lazy)
+    else:
+        _check_same(store, into, mine, resume)
+        damage = manifest.damage_of(into) if manifest.is_whole(into) else None
+    if damage is not None and not damage:
+        return _opened(into, mine)
+    if resume:
+        # Before anything is written or removed.
+        _warn_unnamed(mine)
+    if mode == "w":
         manifest.clear(into)
-    elif _resumes(store, into, mine, resume):
-        return _opened(into)
-    done = manifest.marked(into)
+    done = _blocks_there(into, lazy, damage)
     _check_space(into, lazy, len(done))
     go_on = partial(write, into, lazy, done, partial(manifest.mark, into), precision, progress)
     _written(store, into, mine, manifest.contents(laid()), go_on)
-    return _opened(into)
+    return _opened(into, mine)
 
 
 def _written(
@@ -145,30 +176,48 @@ def _written(
 
 
 def open_zarr(store: Any, **options: Any) -> xr.Dataset:
-    """Open a store lazily, if it is whole.
+    """Open a store of results lazily, if it is whole.
 
     Parameters
     ----------
-    store : path, URL or Zarr store
+    store : path, URL, Zarr store or Icechunk repository
+        As :func:`to_zarr` wrote it. Any other store is opened as it is.
     **options
         For :func:`xarray.open_zarr`, which opens a whole store just as well.
 
     Raises
     ------
     IncompleteStoreError
-        Writing the store was cut short: it says which variables lack how many blocks.
+        Writing the store was cut short, or blocks were lost since: it says which variables lack
+        how many blocks.
+    DamagedStoreError
+        Blocks are not as long as they were written.
+
+    Notes
+    -----
+    The store is listed once, and no chunk is read. A bit that has changed shows in no listing: the
+    checksum of a coordinate's chunk finds it when that is read; blocks of results have none.
     """
+    if is_repository(store):
+        return opened_repository(store, **options)
     into = manifest.as_store(store)
     found = manifest.read(into)
-    if found is not None and not manifest.is_whole(into):
-        there = [name for name, _ in manifest.marked(into)]
-        lacks = {n: count - there.count(n) for n, count in found.blocks.items()}
+    if found is None:
+        return xr.open_zarr(into, **options)
+    if not manifest.is_whole(into):
+        there = Counter(name for name, _ in manifest.marked(into))
+        lacks = {n: count - there[n] for n, count in found.blocks.items()}
         listed = ", ".join(f"{n!r} {lacks[n]} of {found.blocks[n]}" for n in lacks if lacks[n])
         raise IncompleteStoreError(
             f"{str(store)!r} was not written to its end; blocks that are missing: {listed or 0}. "
             "Write the same results to it again, and to_zarr goes on from here"
         )
-    return xr.open_zarr(into, **options)
+    if damage := manifest.damage_of(into):
+        raise (DamagedStoreError if damage.cut else IncompleteStoreError)(
+            f"{str(store)!r} is not as it was written: {damage}. Write the same results to it "
+            "again, and to_zarr computes what is missing, or take another copy"
+        )
+    return with_strings(xr.open_zarr(into, **options), found.strings)
 
 
 def _check_options(mode: Any, precision: Any, shards: Any) -> None:
@@ -187,43 +236,59 @@ def _check_options(mode: Any, precision: Any, shards: Any) -> None:
         raise OptionError(f"shards={bad!r}: the length of a shard is an int of at least 1")
 
 
-def _resumes(store: Any, into: Store, mine: Manifest, resume: bool) -> bool:
-    """Whether the store holds just these results, whole; False if they are to be written."""
+def _check_same(store: Any, into: Store, mine: Manifest, resume: bool) -> None:
+    """Refuse a store that holds anything but these results, or a part of them."""
     if not manifest.occupied(into):
-        return False
+        return
     name = repr(str(store))
     there = manifest.read(into)
     if there is None or not resume:
         raise StoreError(f"{name} exists; choose another path, or mode='w'")
     if there.fingerprint != mine.fingerprint:
         raise StoreError(
-            f"{name} exists and holds other results (another fit, Dataset, seed, option or "
-            "version of JAX or NumPyro); choose another path, or mode='w'"
+            f"{name} exists and holds other results: {differences(there, mine)}. Choose another "
+            "path, or mode='w'"
         )
-    return manifest.is_whole(into)
 
 
-def _opened(into: Store) -> xr.Dataset:
-    return xr.open_zarr(into, consolidated=True)
+def _blocks_there(
+    into: Store, lazy: Mapping[str, xr.Variable], damage: Damage | None
+) -> set[tuple[str, tuple[int, ...]]]:
+    """The blocks that are there; what is left of others is removed.
+
+    ``damage`` is that of a store that was whole once, None of one that never was.
+    """
+    blocks = [(n, i) for n, v in lazy.items() for i in np.ndindex(*v.data.numblocks)]
+    if damage is not None:
+        done = {(name, index) for name, index in blocks if index not in damage.of(name)}
+        stale = [chunk_key(name, index) for name in damage.cut for index in damage.cut[name]]
+    else:
+        entries = list_entries(into)
+        done = manifest.marked(into, entries)
+        stale = [key for b in blocks if b not in done and (key := chunk_key(*b)) in entries]
+    # Zarr reads what a block at the edge of an array does not cover of its chunk.
+    manifest.remove(into, stale)
+    return done
 
 
-def _fingerprint(ds: xr.Dataset, precision: int | None, lengths: Mapping[str, Any]) -> str:
-    """A name for what is to be written: of lazy values that of their graph."""
-    parts = {
-        str(name): (v.dims, str(v.dtype), (v.chunks, v.data.name) if v.chunks else v.values)
-        for name, v in ds.variables.items()
-    }
-    attrs = {str(name): plain(v.attrs) for name, v in ds.variables.items()}
-    # The history has the time of day. What was tracked where moves no draw; other versions of
-    # these two may.
-    left_out = {"history", *passing(ds.attrs)}
-    own = {k: v for k, v in plain(ds.attrs).items() if k not in left_out}
-    made_by = {name: versions()[name] for name in ("jax", "numpyro")}
-    return tokenize(parts, precision, lengths, repr(attrs), repr(own), made_by)
+def _warn_unnamed(mine: Manifest) -> None:
+    if not mine.unnamed:
+        return
+    warn_caller(
+        "if this write is cut short, no other process can take it up: it would not know "
+        f"{list(mine.unnamed)!r} to be the same. Load or store what they are made from first, "
+        "give random arrays a seed, or say resume=False",
+        ResumeWarning,
+    )
 
 
-def _check_own_source(store: Any, into: Store, lazy: Mapping[str, xr.Variable]) -> None:
-    """What is to be replaced must not be what the results are read from."""
+def _opened(into: Store, mine: Manifest) -> xr.Dataset:
+    return with_strings(xr.open_zarr(into, consolidated=True), mine.strings)
+
+
+def _check_replaceable(store: Any, into: Store, lazy: Mapping[str, xr.Variable]) -> None:
+    """There must be space, and what is replaced must not be what the results are read from."""
+    _check_space(into, lazy, 0, freed=_weight(into))
     if manifest.occupied(into) and any(
         manifest.holds(into, source) for source in stores_read(lazy)
     ):
@@ -233,7 +298,14 @@ def _check_own_source(store: Any, into: Store, lazy: Mapping[str, xr.Variable]) 
         )
 
 
-def _check_space(into: Store, lazy: Mapping[str, xr.Variable], done: int) -> None:
+def _weight(into: Store) -> int:
+    """The bytes that a local store takes."""
+    if not isinstance(into, LocalStore):
+        return 0
+    return sum(entry.size or 0 for entry in list_entries(into).values())
+
+
+def _check_space(into: Store, lazy: Mapping[str, xr.Variable], done: int, freed: int = 0) -> None:
     if not isinstance(into, LocalStore) or not lazy:
         return
     folder = Path(into.root).absolute()
@@ -241,7 +313,7 @@ def _check_space(into: Store, lazy: Mapping[str, xr.Variable], done: int) -> Non
         folder = folder.parent
     blocks = sum(a.data.npartitions for a in lazy.values())
     needed = sum(a.nbytes for a in lazy.values()) * (blocks - done) // max(blocks, 1)
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free + freed
     if needed > free:
         raise SpaceError(
             f"the results need up to {needed / 1e9:.3g} GB, and {str(folder)!r} has "

@@ -8,6 +8,7 @@ leaves the branch as it was.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import xarray as xr
@@ -16,11 +17,14 @@ from zarr.storage import MemoryStore
 
 from xr_aimz import manifest
 from xr_aimz.errors import StoreError
+from xr_aimz.manifest import Manifest
+from xr_aimz.results_identity import differences
+from xr_aimz.template import with_strings
 
-__all__ = ["commit", "is_repository"]
+__all__ = ["commit", "is_repository", "opened"]
 
 BRANCH = "main"
-_FINGERPRINT = "xr_aimz"
+_FINGERPRINT, _MANIFEST = "xr_aimz", "xr_aimz_manifest"
 
 
 def is_repository(store: Any) -> bool:
@@ -34,7 +38,7 @@ def commit(
     repository: Any,
     template: Callable[[], MemoryStore],
     write: Callable[..., None],
-    fingerprint: str,
+    mine: Manifest,
     *,
     replace: bool,
     resume: bool,
@@ -48,7 +52,7 @@ def commit(
         Lays the arrays out in a store in memory.
     write : callable of ``into`` and ``note``
         Writes the blocks.
-    fingerprint : str
+    mine : Manifest
         Kept with the commit: results that are there already are only opened.
     replace, resume : bool
         As ``mode="w"`` and ``resume`` of :func:`xr_aimz.to_zarr`.
@@ -56,23 +60,34 @@ def commit(
     session = repository.writable_session(BRANCH)
     if manifest.occupied(session.store) and not replace:
         newest = next(iter(repository.ancestry(branch=BRANCH)))
-        if not resume or newest.metadata.get(_FINGERPRINT) != fingerprint:
+        if not resume or newest.metadata.get(_FINGERPRINT) != mine.fingerprint:
+            why = f": {differences(_kept(newest), mine)}" if resume else ""
             raise StoreError(
                 f"branch {BRANCH!r} of the repository holds other results (snapshot "
-                f"{newest.id}, {newest.message!r}); give another repository, or mode='w'"
+                f"{newest.id}, {newest.message!r}){why}; give another repository, or mode='w'"
             )
-        return _opened(repository)
+        return opened(repository)
     if replace:
         sync(session.store.clear())
     manifest.put(session.store, manifest.contents(template()))
     write(into=session.store, note=_nothing)
-    session.commit("xr_aimz: results of to_zarr", metadata={_FINGERPRINT: fingerprint})
-    return _opened(repository)
+    kept = {_FINGERPRINT: mine.fingerprint, _MANIFEST: asdict(mine)}
+    session.commit("xr_aimz: results of to_zarr", metadata=kept)
+    return opened(repository)
 
 
 def _nothing(name: str, index: tuple[int, ...]) -> None:
     """A block needs no mark: it counts with all the others, or not."""
 
 
-def _opened(repository: Any) -> xr.Dataset:
-    return xr.open_zarr(repository.readonly_session(BRANCH).store, consolidated=False)
+def opened(repository: Any, **options: Any) -> xr.Dataset:
+    """The results of the last commit, lazily."""
+    newest = next(iter(repository.ancestry(branch=BRANCH)))
+    store = repository.readonly_session(BRANCH).store
+    ds = xr.open_zarr(store, **{"consolidated": False, **options})
+    return with_strings(ds, _kept(newest).strings)
+
+
+def _kept(snapshot: Any) -> Manifest:
+    """The manifest of a commit; of one by another hand, or an earlier version, an empty one."""
+    return Manifest(**snapshot.metadata.get(_MANIFEST, {"fingerprint": "", "blocks": {}}))

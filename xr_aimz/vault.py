@@ -14,23 +14,23 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import ceil, prod
+from math import prod
 from typing import Any
 
 import numpy as np
 import xarray as xr
 import zarr
 from zarr.abc.store import Store
-from zarr.codecs import Crc32cCodec
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from xr_aimz import manifest
+from xr_aimz.completeness import grid
 from xr_aimz.errors import StoreError, WriteError
-from xr_aimz.template import CODECS
+from xr_aimz.template import CHECKED, missing_value
 from xr_aimz.writing import stores_read, write
 
-__all__ = ["DIGEST", "SPEC", "Content", "content_digest", "digest", "grid", "is_path", "keep"]
+__all__ = ["DIGEST", "SPEC", "Content", "content_digest", "digest", "is_path", "keep"]
 
 SPEC, DIGEST = "xr_aimz_fit", "xr_aimz_sha256"
 _CHUNK = 2**26
@@ -157,7 +157,8 @@ def _template(content: Content) -> MemoryStore:
             shape=array.shape,
             dtype=array.dtype,
             chunks=_chunks(content, path),
-            compressors=(*CODECS, Crc32cCodec()),
+            compressors=CHECKED,
+            fill_value=missing_value(array.dtype),
             dimension_names=content.dims[path],
             attributes=content.attrs.get(path, {}),
         )
@@ -182,12 +183,6 @@ def _entry(content: Content, path: str, documents: Mapping[str, bytes]) -> dict[
     if path in content.eager:
         entry["values"] = content_digest(content.eager[path])
     return entry
-
-
-def grid(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """How many chunks there are along each axis."""
-    lengths = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    return tuple(ceil(n / c) for n, c in zip(metadata["shape"], lengths, strict=True))
 
 
 def content_digest(values: np.ndarray) -> str:

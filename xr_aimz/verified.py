@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -24,12 +25,21 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from xr_aimz import manifest
-from xr_aimz.errors import DamagedStoreError, IncompleteStoreError, MemoryLimitError
+from xr_aimz.completeness import grid
+from xr_aimz.errors import (
+    DamagedStoreError,
+    IncompleteStoreError,
+    MemoryLimitError,
+    StoreKindError,
+)
+from xr_aimz.listing import list_entries
 from xr_aimz.memory import available
-from xr_aimz.vault import DIGEST, SPEC, content_digest, digest, grid, is_path
+from xr_aimz.vault import DIGEST, SPEC, content_digest, digest, is_path
 
 __all__ = ["Vault"]
 
+# What the root of a fit per cell has beside its identity, which is under the name of the spec.
+_CELLS = "xr_aimz_block"
 _NAMED = {"blosc", "bytes", "crc32c", "vlen-utf8"}
 _DTYPES = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|string")
 _FIELDS = {
@@ -61,14 +71,15 @@ class Vault:
 
         Raises
         ------
+        StoreKindError
+            It is a store of something else.
         DamagedStoreError
-            It is not the store of a fit, or not as it was written.
+            It is not as it was written.
         """
         name, into = repr(str(store)), manifest.as_store(store)
         _check_links(name, into)
         attributes = _mapping(_json(name, into, manifest.ROOT).get("attributes"))
-        if SPEC not in attributes:
-            raise DamagedStoreError(f"{name} is no saved fit: its root has no attribute {SPEC!r}")
+        _check_kind(name, into, attributes)
         spec = _mapping(attributes[SPEC])
         if digest(spec) != attributes.get(DIGEST):
             raise DamagedStoreError(
@@ -93,10 +104,14 @@ class Vault:
                 raise DamagedStoreError(
                     f"{self.name}: the metadata of group {group!r} was changed"
                 )
+        keys: dict[str, list[str]] = defaultdict(list)
+        for key in list_entries(self.store):
+            parts = key.split("/", maxsplit=2)
+            keys["/".join(parts[:2])] += parts[2:]
         for path, entry in _mapping(self.spec.get("arrays")).items():
-            self._verify_array(path, _mapping(entry))
+            self._verify_array(path, _mapping(entry), keys[path])
 
-    def _verify_array(self, path: str, entry: Mapping[str, Any]) -> None:
+    def _verify_array(self, path: str, entry: Mapping[str, Any], keys: Sequence[str]) -> None:
         if not is_path(path):
             raise DamagedStoreError(
                 f"{self.name}: {path!r} is no path of an array within the store"
@@ -108,8 +123,7 @@ class Vault:
         count = entry.get("chunks")
         if count != prod(grid(document)):
             raise DamagedStoreError(f"{self.name}: array {path!r} cannot have {count!r} chunks")
-        there = {key.removeprefix(f"{path}/") for key in sync(_listed(self.store, path))}
-        absent = count - sum(_is_chunk(key, grid(document)) for key in there)
+        absent = count - sum(_is_chunk(key, grid(document)) for key in keys)
         if absent > 0:
             raise DamagedStoreError(
                 f"{self.name}: array {path!r} lacks {absent} of its {count} chunks"
@@ -190,6 +204,26 @@ def _json(name: str, store: Store, key: str) -> Mapping[str, Any]:
         raise DamagedStoreError(f"{name}: {key!r} is no JSON ({error})") from error
 
 
+def _check_kind(name: str, store: Store, attributes: Mapping[str, Any]) -> None:
+    """A saved fit, and none of the other stores that this package writes."""
+    if _CELLS in attributes:
+        raise StoreKindError(
+            f"{name} is what a fit per cell has as its store=: the draws, and nothing of the "
+            "binding or the model. Repeat the fit with store= this path: finished cells are not "
+            "fitted again, and save() of what it gives writes what load_fit reads. The draws "
+            "alone: xarray.open_datatree(path, engine='zarr', consolidated=False)"
+        )
+    if manifest.read(store) is not None and SPEC not in attributes:
+        raise StoreKindError(
+            f"{name} is no saved fit: it holds results of to_zarr; open it by xr_aimz.open_zarr"
+        )
+    if SPEC not in attributes:
+        raise StoreKindError(
+            f"{name} is no saved fit: its root has no attribute {SPEC!r}; give a store that "
+            "fit.save(...) wrote"
+        )
+
+
 def _mapping(found: Any) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise DamagedStoreError(f"{str(found)[:80]!r} stands where the spec has a mapping")
@@ -251,7 +285,3 @@ def _check_links(name: str, store: Store) -> None:
             f"{name}: {str(links[0].relative_to(store.root))!r} is a link, which may lead out of "
             "the store; no saved fit has any"
         )
-
-
-async def _listed(store: Store, prefix: str) -> list[str]:
-    return [key async for key in store.list_prefix(f"{prefix}/")]

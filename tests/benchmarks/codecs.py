@@ -1,10 +1,13 @@
 """Bytes and seconds for every codec and precision, on predictive draws of a linear model.
 
     python tests/benchmarks/codecs.py
+    python tests/benchmarks/codecs.py --checksum
 
 Draws are computed once, into memory, and written from there: the seconds are those of
 rounding, encoding and writing. Medians of interleaved runs, printed as the table of
-docs/store.md.
+docs/store.md. With ``--checksum`` what a checksum of each chunk would cost: medians of the ratios
+of neighbouring runs with and without it, of writing such draws from memory, of predicting and
+writing them, and of reading them; of the time on the clock, and of that of all processors.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ import argparse
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import predict_linear
@@ -36,18 +41,22 @@ CODECS = {
 PRECISIONS = (None, 14, 10, 7)
 
 
-def draws() -> xr.Dataset:
+def prediction() -> xr.Dataset:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(OBSERVATIONS, predict_linear.FEATURES)).astype("f4")
     ds = xr.Dataset({"X": (("obs", "feature"), rows)}).chunk(obs=predict_linear.CHUNK)
     values = {n: v[None, :DRAWS] for n, v in predict_linear.posterior().items()}
     fit = ds.aimz.from_posterior(predict_linear.model, values, dim="obs")
-    pred = ds.aimz.predict(fit)
+    return ds.aimz.predict(fit)
+
+
+def draws() -> xr.Dataset:
+    pred = prediction()
     return pred.load().chunk({d: c[0] for d, c in pred.chunks.items()})
 
 
 def write(ds: xr.Dataset, codec: tuple, precision: int | None, folder: Path) -> tuple[float, int]:
-    template._CODECS = codec
+    template.CODECS = codec
     path = folder / "out.zarr"
     start = time.perf_counter()
     ds.aimz.to_zarr(path, precision=precision, progress=False)
@@ -57,10 +66,61 @@ def write(ds: xr.Dataset, codec: tuple, precision: int | None, folder: Path) -> 
     return seconds, size
 
 
+def read(path: Path) -> None:
+    xr.open_zarr(path).load()
+
+
+def timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
+    """Seconds on the clock, and of all processors."""
+    start, work = time.perf_counter(), time.process_time()
+    call(*arguments)
+    return time.perf_counter() - start, time.process_time() - work
+
+
+def checksum(runs: int) -> None:
+    """The cost of the last codec, as ratios of neighbouring runs."""
+    lazy = prediction()
+    ds = draws()
+    kinds: dict[str, tuple] = {"with": template.CHECKED, "without": template.CODECS}
+    found: dict[str, list[dict[str, tuple[float, float]]]] = {
+        "write": [],
+        "predict and write": [],
+        "read": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, codec in kinds.items():
+            template.CODECS = codec
+            ds.aimz.to_zarr(Path(folder) / name, progress=False)
+            write(lazy, codec, None, Path(folder))
+        for number in range(runs):
+            # Each goes first as often as the other.
+            order = sorted(kinds, reverse=number % 2 == 0)
+            for what, pairs in found.items():
+                source = lazy if what == "predict and write" else ds
+                pairs.append(
+                    {
+                        name: timed(read, Path(folder) / name)
+                        if what == "read"
+                        else timed(write, source, kinds[name], None, Path(folder))
+                        for name in order
+                    }
+                )
+    for what, pairs in found.items():
+        for which, clock in enumerate(("clock", "processors")):
+            ratios = sorted(pair["with"][which] / pair["without"][which] for pair in pairs)
+            low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+            quartiles = f"quartiles {low:.3f} to {high:.3f}"
+            print(f"{what}, {clock}: {median(ratios):.3f} ({quartiles}), {runs} pairs")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=RUNS)
-    runs = parser.parse_args().runs
+    parser.add_argument("--checksum", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.checksum:
+        return checksum(arguments.runs)
+    runs = arguments.runs
     ds = draws()
     found: dict[tuple[str, int | None], list[tuple[float, int]]] = {}
     with tempfile.TemporaryDirectory() as folder:

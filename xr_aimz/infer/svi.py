@@ -24,6 +24,7 @@ from xr_aimz.further import Origin
 from xr_aimz.infer.coverage import check_guide
 from xr_aimz.infer.mcmc import init_strategy
 from xr_aimz.infer.problem import Draws, Problem
+from xr_aimz.infer.repeatable import ordered
 from xr_aimz.model import tracing
 
 __all__ = ["FULL_RATE", "check_params", "reopened", "run", "sample_guide", "svi_for"]
@@ -46,7 +47,7 @@ def svi_for(
         raise OptionError("init= goes with an autoguide class; this guide has its own start")
     else:
         made = guide
-    return SVI(model, made, _optimizer(optimizer, steps, last), Trace_ELBO())
+    return SVI(model, made, _optimizer(optimizer, steps, last), ordered(Trace_ELBO()))
 
 
 def _optimizer(optimizer: Any, steps: int, last: float) -> Any:

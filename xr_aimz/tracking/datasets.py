@@ -1,9 +1,8 @@
 """The data of a fit as a tracked input: names, dims, and a digest, never the data.
 
-Data in memory are told apart by content. Lazy data are not loaded for it: a dask array has the
-name of its graph, which xarray makes from the file, its time and what was done to it; another
-lazy variable has the file it says it is from, with the file's size and time. What a digest is
-of is said beside it.
+Data in memory are told apart by content. Lazy data are not loaded for it: they go by the files
+that they are read from, with size and time, and what is computed from them
+(:mod:`xr_aimz.identity`). What a digest is of is said beside it.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from xr_aimz.identity import identify
 from xr_aimz.posterior import Fit
 
 __all__ = ["Described", "described"]
@@ -77,12 +76,9 @@ def _described(array: xr.DataArray) -> dict[str, Any]:
 
 def _digest(variable: xr.Variable) -> tuple[str, str]:
     found = hashlib.sha256(repr((variable.dims, variable.dtype, variable.shape)).encode())
-    if variable.chunks is not None:
-        found.update(str(variable.data.name).encode())
-        of = GRAPH
-    elif not variable._in_memory:
-        found.update(repr(_file(variable.encoding.get("source"))).encode())
-        of = FILE
+    if variable.chunks is not None or not variable._in_memory:
+        found.update(identify(variable).digest.encode())
+        of = GRAPH if variable.chunks is not None else FILE
     else:
         for part in _content(variable.values):
             found.update(part)
@@ -98,16 +94,6 @@ def _content(values: np.ndarray) -> Iterable[bytes]:
     flat = values.reshape(-1)
     for start in range(0, flat.size, _PIECE):
         yield flat[start : start + _PIECE].tobytes()
-
-
-def _file(source: Any) -> tuple[Any, ...]:
-    if source is None:
-        return (None,)
-    path = Path(str(source))
-    if not path.exists():
-        return (str(source),)
-    about = path.stat()
-    return (str(source), about.st_size, about.st_mtime_ns)
 
 
 def _schema(arrays: dict[str, xr.DataArray]) -> str:
