@@ -1,9 +1,19 @@
 """Settings of Hypothesis, and the fits that several modules share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Workers of pytest-xdist would each take three quarters of a GPU's memory for themselves.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# What one worker has compiled, the other and all processes that tests start find on disk: on two
+# cores compiling is two thirds of the run. A folder of the caller's own serves the next run too.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="xr_aimz-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import numpy as np

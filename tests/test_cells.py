@@ -230,6 +230,35 @@ def test_one_warning_counts_the_cells(ds):
     assert w[0].filename == __file__
 
 
+def test_trees_that_end_at_their_greatest_depth_are_counted(ds, tmp_path):
+    def narrow(x, y=None):
+        level = numpyro.sample("level", dist.Normal(0, TAU))
+        # In units so small that steps of the one are tiny for the other.
+        slope = numpyro.sample("slope", dist.Normal(0, 1000 * TAU))
+        numpyro.sample("y", dist.Normal(level + 1e-3 * slope * x, NOISE), obs=y)
+
+    options = {"per": PER, "draws": 100, "warmup": 20, "chains": 1, "progress": False}
+    kernel = NUTS(narrow, max_tree_depth=3, adapt_mass_matrix=False)
+    with pytest.warns(ConvergenceWarning, match="greatest tree depth, 3, at worst"):
+        fit = ds.aimz.fit(narrow, method=kernel, store=tmp_path / "cells.zarr", **options)
+    (concern,) = [c for c in fit.concerns if "tree depth" in c]
+    deep = (fit.sample_stats.n_steps == 7).mean(("chain", "draw")).compute()
+    assert concern.startswith(f"in {int((deep > 0.01).sum())} of 20 cells")
+    assert "NUTS(model, max_tree_depth=5)" in concern
+    # Read again, it is the same; and where trees are small, there is none.
+    again = quiet(
+        ds, narrow, method=kernel, store=tmp_path / "cells.zarr", draws=100, warmup=20, chains=1
+    )
+    assert again.concerns == fit.concerns
+    calm = quiet(ds, line, draws=100, warmup=100, chains=1)
+    assert not any("tree depth" in c for c in calm.concerns)
+
+
+def test_five_steps_in_cells_are_a_concern(ds):
+    with pytest.warns(ConvergenceWarning, match="5 steps are too few to see"):
+        ds.aimz.fit(line, per=PER, method="svi", steps=5, draws=10, progress=False)
+
+
 def test_a_region_without_data_is_nan(ds):
     fit = quiet(ds.isel(lat=[1], lon=[2]), line, method="laplace", draws=10)
     assert bool(fit.posterior.slope.isnull().all())

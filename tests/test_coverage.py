@@ -54,6 +54,8 @@ def test_a_guide_of_another_model(ds, guide, parts):
     assert all(part in str(refused.value) for part in parts)
 
 
+# Of so few steps the loss is still noise.
+@pytest.mark.filterwarnings("ignore::xr_aimz.errors.ConvergenceWarning")
 def test_what_only_helps_a_guide_is_none_of_the_models(ds):
     made = SVI(model, helped, optax.adam(0.01), Trace_ELBO())
     fitted = ds.aimz.fit(model, method=made, steps=500, draws=20, progress=False)

@@ -1,5 +1,6 @@
 """Diagnostics agree with ArviZ's, and speak up where a fit should not be trusted."""
 
+import ast
 import warnings
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import xarray as xr
 
 from xr_aimz import diagnostics
+from xr_aimz.cell_diagnostics import cell_concerns
 from xr_aimz.diagnostics import concerns, ess_bulk, rhat, summarize
 
 # R-hat is the same formula. Beneath the effective sample sizes lie two estimates of the
@@ -138,7 +140,8 @@ def test_divergences_are_a_concern_with_their_number(posterior):
     stats = xr.Dataset({"diverging": (("chain", "draw"), diverging)})
     (found,) = concerns(posterior, stats, None)
     assert "7 of 2000" in found
-    assert "target_accept_prob" in found
+    # What fit takes.
+    assert "method=NUTS(model, target_accept_prob=0.95)" in found
 
 
 def test_chains_apart_are_a_concern_that_names_the_variable(posterior):
@@ -193,6 +196,134 @@ def test_a_loss_that_is_not_finite_is_a_concern(posterior, bad):
     assert "learning rate" in found
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_handful_of_losses_says_nothing(posterior, steps):
-    assert concerns(posterior, NO_STATS, losses(np.ones(steps))) == []
+@pytest.mark.parametrize("steps", [1, 2, 5, 99])
+def test_a_handful_of_losses_cannot_be_judged_and_says_so(posterior, steps):
+    for values in (np.ones(steps), -np.arange(steps), NOISE[:steps]):
+        (found,) = concerns(posterior, NO_STATS, losses(values))
+        assert found.startswith(f"{steps} steps are too few to see")
+        assert "take 100 or more" in found
+
+
+def test_the_steps_that_are_judged_are_those_at_the_full_rate(posterior):
+    early = losses(NOISE).assign_attrs(full_rate_steps=15)
+    (found,) = concerns(posterior, NO_STATS, early)
+    assert found.startswith("15 steps are too few to see")
+
+
+def test_noise_that_hides_a_trend_is_a_concern(posterior):
+    (found,) = concerns(posterior, NO_STATS, losses(100 * NOISE))
+    assert "its noise hides a fall of" in found
+    assert concerns(posterior, NO_STATS, losses(100 * NOISE).assign_attrs(epoch_steps=10.0)) == []
+
+
+def trees(deep, depth=10, **more):
+    """Stats of 4 x 500 draws, of which so many have a tree of the greatest depth."""
+    steps = np.full(2000, 2 ** (depth - 1))
+    steps[:deep] = 2**depth - 1
+    dims = ("chain", "draw")
+    return xr.Dataset(
+        {"n_steps": (dims, steps.reshape(4, 500), {"max_tree_depth": depth})}, **more
+    )
+
+
+def test_trees_at_the_greatest_depth_are_a_concern_where_they_are_many(posterior):
+    assert concerns(posterior, trees(20), None) == []
+    (found,) = concerns(posterior, trees(140, depth=8), None)
+    assert found.startswith("7% of 2000 draws ended at the greatest tree depth, 8")
+    assert "NUTS(model, max_tree_depth=10)" in found
+    # A sampler of a fixed number of steps has no such depth.
+    bare = trees(140)
+    bare.n_steps.attrs = {}
+    assert concerns(posterior, bare, None) == []
+
+
+def test_figures_are_beyond_the_limits_that_they_are_named_for(posterior):
+    """Each variable that is named is at fault by the figure beside it, and no other is named."""
+    shift = xr.DataArray([0.0, 0, 0, 0.15], dims="chain")
+    slow = autoregressive(0.6, 4, 500)[..., 0]
+    bad = posterior.assign(b=posterior.b + shift, a=(("chain", "draw"), slow))
+    table = summarize(bad)
+    for concern in concerns(bad, NO_STATS, None):
+        kind = "rhat" if "R-hat" in concern else concern.split()[0]
+        beyond = table.sel(diagnostic=kind)
+        for name, figure in figures(concern).items():
+            worst = float(beyond[name].max() if kind == "rhat" else beyond[name].min())
+            assert figure == pytest.approx(worst, abs=1)
+            assert figure > 1.01 if kind == "rhat" else figure < 400
+
+
+def figures(concern):
+    return ast.literal_eval("{" + concern.split("{")[1].split("}")[0] + "}")
+
+
+CELLS = ("lat", "lon")
+
+
+@pytest.fixture
+def cells():
+    """Draws of two variables in 2 x 3 cells, and stats of fits that went well."""
+    x = autoregressive(0.0, 4, 500, n=24).reshape(4, 500, 4, 2, 3)
+    dims = ("chain", "draw", "k", *CELLS)
+    posterior = xr.Dataset({"a": (dims, x), "b": (("chain", "draw", *CELLS), x[:, :, 0] + 1)})
+    status = xr.DataArray(
+        np.zeros((2, 3), int),
+        dims=CELLS,
+        attrs={"flag_meanings": "ok no_data", "flag_values": [0]},
+    )
+    diverging = xr.zeros_like(posterior.b, dtype=bool)
+    return posterior, xr.Dataset({"status": status, "diverging": diverging})
+
+
+@pytest.mark.parametrize("measure", ["R-hat", "ess_bulk"])
+def test_cells_name_only_the_variables_that_are_at_fault(cells, measure):
+    posterior, stats = cells
+    assert cell_concerns(posterior, stats, None, CELLS) == []
+    if measure == "R-hat":
+        shift = xr.DataArray([0.0, 0, 0, 2], dims="chain")
+        slow = posterior.b + shift.where(posterior.b.lat == 1, 0)
+    else:
+        slow = posterior.b.copy(data=autoregressive(0.9, 4, 500, n=6).reshape(4, 500, 2, 3))
+        slow = slow.where(posterior.b.lon == 2, posterior.b)
+    found = cell_concerns(posterior.assign(b=slow), stats, None, CELLS)
+    (concern,) = [c for c in found if measure in c]
+    assert list(figures(concern)) == ["b"]
+    assert f"in {3 if measure == 'R-hat' else 2} of 6 cells" in concern
+
+
+def test_a_cell_that_failed_is_no_figure_of_the_others(cells):
+    posterior, stats = cells
+    status = stats.status.copy()
+    status[:, 1] = 1
+    bad = posterior.assign(b=posterior.b + xr.DataArray([0, 0, 0, 2], dims="chain"))
+    (found,) = cell_concerns(bad.isel(lon=[1]), stats.isel(lon=[1]), None, CELLS)[:1]
+    assert "R-hat" in found
+    assert (
+        cell_concerns(bad.isel(lon=[1]), stats.assign(status=status).isel(lon=[1]), None, CELLS)
+        == []
+    )
+
+
+def test_trees_at_the_greatest_depth_are_counted_by_cell(cells):
+    posterior, stats = cells
+    steps = np.full((4, 500, 2, 3), 31)
+    dims = ("chain", "draw", *CELLS)
+    steps[:, :35, 1, 2] = 2**10 - 1
+    steps[:, :5, 0, 0] = 2**10 - 1
+    stats["n_steps"] = (dims, steps, {"max_tree_depth": 10})
+    (found,) = cell_concerns(posterior, stats, None, CELLS)
+    assert found.startswith("in 1 of 6 cells more than 1% of the draws ended at the greatest tree")
+    assert "at worst 7%" in found
+    assert "NUTS(model, max_tree_depth=12)" in found
+
+
+def test_a_handful_of_steps_in_cells_cannot_be_judged(cells):
+    posterior, stats = cells
+    one = posterior.isel(chain=[0])
+    few = xr.DataArray(
+        np.ones((5, 2, 3)),
+        {"step": np.arange(1, 6)},
+        ("step", *CELLS),
+        attrs={"full_rate_steps": 3},
+    )
+    (found,) = cell_concerns(one, stats, few, CELLS)
+    assert found.startswith("5 steps are too few to see")

@@ -14,9 +14,11 @@ import pytest
 import xarray as xr
 from flax import linen, nnx
 from numpyro.contrib.control_flow import scan
+from numpyro.contrib.einstein import RBFKernel, SteinVI
 from numpyro.contrib.module import flax_module, nnx_module, random_flax_module, random_nnx_module
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_median
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from numpyro.optim import Adagrad
 
 import xr_aimz
 from xr_aimz.errors import ConvergenceWarning, ModelError, OptionError
@@ -402,3 +404,32 @@ print(made.chain_method)
         )
         assert done.stdout.split() == [expected]
     assert jax.local_device_count() >= 1
+
+
+@pytest.mark.parametrize("method", ["svi", "batches", "stein"])
+def test_five_steps_are_a_concern(ds, method):
+    options = {"method": "svi", "steps": 5, "draws": 20, "progress": False}
+    if method == "batches":
+        options["batch"] = 5
+    if method == "stein":
+        options["method"] = SteinVI(line, AutoNormal(line), Adagrad(0.3), RBFKernel())
+    with pytest.warns(ConvergenceWarning, match="5 steps are too few to see") as caught:
+        fitted = xr_aimz.fit(ds, line, **options)
+    assert len(fitted.concerns) >= 1
+    # The line that called, by whichever way it did.
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_a_tree_at_its_greatest_depth_is_a_concern(ds, tmp_path):
+    kernel = NUTS(line, max_tree_depth=1)
+    with pytest.warns(ConvergenceWarning, match="ended at the greatest tree depth, 1 "):
+        fitted = ds.aimz.fit(line, method=kernel, draws=200, warmup=50, chains=2, progress=False)
+    (concern,) = [c for c in fitted.concerns if "tree depth" in c]
+    assert "method=NUTS(model, max_tree_depth=3)" in concern
+    # A saved fit has it too, and so have its further draws.
+    fitted.save(tmp_path / "fit.zarr")
+    back = xr_aimz.load_fit(tmp_path / "fit.zarr", line)
+    assert back.concerns == fitted.concerns
+    assert back.sample_stats.n_steps.attrs["max_tree_depth"] == 1
+    for one in (fitted, back):
+        assert any("tree depth, 1 " in c for c in one.sample(100, seed=1).concerns)

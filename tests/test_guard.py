@@ -695,6 +695,8 @@ def weighted(x, y=None):
 BATCHED = {"method": "svi", "steps": 20, "batch": {"time": 10}, "progress": False}
 
 
+# So few steps are a concern.
+@pytest.mark.filterwarnings("ignore::xr_aimz.errors.ConvergenceWarning")
 @pytest.mark.parametrize(
     "of",
     [
@@ -715,6 +717,8 @@ def test_a_model_that_couples_cells_is_not_fitted_in_batches(of):
         assert DS.aimz.fit(of, **whole).posterior.b.shape == (1, 1000)
 
 
+# So few steps are a concern.
+@pytest.mark.filterwarnings("ignore::xr_aimz.errors.ConvergenceWarning")
 def test_batches_of_a_model_without_a_proof_need_it_said():
     of = in_batches(lambda b, x, z: b * jnp.where(jnp.any(x > 1e9), 2 * x, x))
     fit = DS.aimz.fit(of, **BATCHED, assume_independent="time")

@@ -16,7 +16,6 @@ HOUSE = Path(__file__).parents[1] / "xr_aimz"
 # From the ground up: a room imports only from rooms above it here.
 ROOMS = (
     "errors",
-    "caller",
     "spelling",
     "whole_numbers",
     "options",
@@ -95,6 +94,9 @@ ROOMS = (
     "infer.losses",
     "infer.entries",
     "infer.scaled",
+    "infer.reflection",
+    "infer.iterates",
+    "infer.noise",
     "infer.batchable",
     "infer.training",
     "infer.entry_draws",

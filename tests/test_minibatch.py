@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -317,6 +318,10 @@ def test_what_is_not_the_fit_to_continue(few, tmp_path):
             fit(**way, seed=1)
     with pytest.raises(OptionError, match="the kind of optimizer"):
         fit(init=first, optimizer=optax.sgd(1e-3), steps=40)
+    # As a version wrote it that kept no averages.
+    old = replace(first, state={k: v for k, v in first.state.items() if k != "layout"})
+    with pytest.raises(OptionError, match=r"init= was written by another version of xr_aimz"):
+        fit(init=old)
     with pytest.raises(StoreError, match="directory that exists"):
         fit(checkpoint=tmp_path / "absent" / "state")
 

@@ -134,6 +134,8 @@ def assemble(bound: Bound, posterior: xr.Dataset, drawn: Draws) -> Fit:
     stats: dict[str, Any] = {
         name: (("chain", "draw", *binding.per), v) for name, v in drawn.stats.items()
     }
+    if drawn.max_tree_depth is not None:
+        stats["n_steps"] = (*stats["n_steps"], {"max_tree_depth": drawn.max_tree_depth})
     cells = {d: posterior[d] for d in binding.per if d in posterior.coords}
     chains |= cells
     if drawn.status is not None:
@@ -153,6 +155,7 @@ def assemble(bound: Bound, posterior: xr.Dataset, drawn: Draws) -> Fit:
         attrs={a.name: dict(arrays[a.sources[0].key].attrs) for a in binding.outcomes},
         observed_data=_group(observed),
         constant_data=_group(constant),
+        concerns=drawn.concerns or None,
         state=drawn.state,
     )
 
@@ -178,4 +181,5 @@ def concerns_of(fitted: Fit) -> tuple[str, ...]:
     """What speaks against a fit, in sentences with figures."""
     about = (fitted.posterior, fitted.sample_stats, fitted.losses)
     per = fitted.binding.per
-    return tuple(cell_concerns(*about, per) if per else diagnostics.concerns(*about))
+    found = cell_concerns(*about, per) if per else diagnostics.concerns(*about)
+    return (*(fitted.concerns or ()), *found)

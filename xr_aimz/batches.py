@@ -84,7 +84,7 @@ class Visit:
     order : mapping of dim to array of int
         The permutation of the window's rows; none where all data are one window.
     turns : mapping of dim to int
-        Where all data are one window: which of a :class:`Deck`'s orders it is.
+        Where all data are one window: where in a :class:`Deck`'s order it begins.
     starts : array of int (batch, dim)
         Where each batch begins among the permuted rows.
     """
@@ -99,32 +99,24 @@ class Visit:
 
 @dataclass(frozen=True)
 class Deck:
-    """Orders of all rows of a dimension, one for each epoch, at next to no cost.
+    """Orders of all rows of a dimension, one for each epoch, at no cost.
 
-    A fresh permutation takes as long as all the steps of its epoch. So there are two, drawn
-    once: row ``j`` of an epoch is ``kept[(drawn[j] + turn) % length]``, where the turn is
-    uniform. Every row is as likely to be at every place, and no two epochs have the same
-    batches. Data are held in the order of ``kept``.
+    A fresh permutation takes as long as all the steps of its epoch, and rows gathered from here
+    and there as long as a step. So there is one, drawn once, in which data are held: an epoch
+    begins at a uniform place of it and goes round, and a batch is a slice. Every row is as likely
+    to be at every place of an epoch, and the batches of two epochs are cut at different places.
     """
 
     kept: np.ndarray
-    drawn: np.ndarray
 
     def order(self, turn: int) -> np.ndarray:
-        return self.kept[(self.drawn + turn) % len(self.kept)]
+        return np.roll(self.kept, -turn)
 
 
 def decks(made: Batches, seed: int) -> dict[str, Deck]:
     """The orders of each batched dimension."""
     rng = np.random.default_rng(seed)
-    found = {}
-    for d, length in made.lengths.items():
-        kept, drawn = rng.permutation(length), rng.permutation(length)
-        whole = length // made.sizes[d] * made.sizes[d]
-        # Within a batch order means nothing, and rows are read faster one after another.
-        drawn[:whole] = np.sort(drawn[:whole].reshape(-1, made.sizes[d])).ravel()
-        found[d] = Deck(kept, drawn)
-    return found
+    return {d: Deck(rng.permutation(length)) for d, length in made.lengths.items()}
 
 
 def batch_sizes(batch: Any, binding: Binding, inputs: Inputs) -> dict[str, int]:

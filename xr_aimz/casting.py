@@ -210,9 +210,9 @@ def measure_sd(
     DtypeError
         A variable loses in JAX's float dtype what tells its values apart.
     """
-    return check_moments(
-        binding, inputs, xr.Dataset(reduce_moments(arrays, binding.per)), arrays, converted
-    )
+    # At once, so that lazy arrays are read once.
+    moments = xr.Dataset(reduce_moments(arrays, binding.per)).compute()
+    return check_moments(binding, inputs, moments, arrays, converted)
 
 
 def reduce_moments(
@@ -227,9 +227,12 @@ def reduce_moments(
         if array.dtype.kind not in "fiu":
             continue
         over = [d for d in array.dims if d not in per]
-        known = array.where(np.isfinite(array)) if array.dtype.kind == "f" else array
-        exact = known if array.dtype.kind == "f" else known.astype(np.float64)
-        found[f"sd {key}"] = exact.astype(np.float64).std(over)
+        exact = array.astype(np.float64)
+        if array.dtype.kind == "f":
+            finite: xr.Variable = abs(exact) < np.inf
+            # Of a cell without data zeros, of which there is a mean and no warning.
+            exact = exact.where(finite).where(finite.any(over), 0.0)
+        found[f"sd {key}"] = exact.std(over)
         found[f"largest {key}"] = abs(exact).max(over)
         if loses_bits(array.dtype) or is_wide(array.dtype):
             # Beyond the range of 32 bits the error is infinite, of what is no number NaN.

@@ -7,14 +7,24 @@ which one is worst.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import xarray as xr
 
 from xr_aimz.diagnostics import (
+    DEEP_SHARE,
+    DIVERGED,
     ESS_PER_CHAIN,
     FALLING_ERRORS,
     FALLING_NATS,
+    LEAST_STEPS,
     RHAT_LIMIT,
+    VISIBLE_NATS,
+    at_greatest_depth,
+    below,
+    deeper,
+    few_steps,
     summarize,
 )
 
@@ -44,10 +54,8 @@ def cell_concerns(
     if "diverging" in sample_stats:
         diverged = (sample_stats.diverging.sum(("chain", "draw")) > 0) & fitted
         if count := int(diverged.sum()):
-            found.append(
-                f"{count} of {status.size} cells have draws that diverged: raise "
-                "target_accept_prob, or reparameterize"
-            )
+            found.append(f"{count} of {status.size} cells have draws that diverged: {DIVERGED}")
+    found += _depth_concerns(sample_stats, fitted)
     if losses is not None:
         one = dict.fromkeys(("chain", "draw", *per), 0)
         latents = sum(a.isel(one).size for a in posterior.values())
@@ -72,26 +80,50 @@ def _failures(status: xr.DataArray) -> list[str]:
 
 
 def _chain_concerns(table: xr.Dataset, chains: int, fitted: xr.DataArray) -> list[str]:
-    limits = {
-        "rhat": (lambda a: a > RHAT_LIMIT, f"R-hat above {RHAT_LIMIT}", "run longer chains"),
-        "ess_bulk": (lambda a: a < ESS_PER_CHAIN * chains, "ess_bulk", "draw more"),
-        "ess_tail": (lambda a: a < ESS_PER_CHAIN * chains, "ess_tail", "draw more"),
-    }
-    found = []
-    for kind, (beyond, what, remedy) in limits.items():
-        bad, worst = xr.zeros_like(fitted), {}
-        for name, array in table.items():
-            values = array.sel(diagnostic=kind)
-            own = [d for d in values.dims if d not in fitted.dims]
-            bad = bad | beyond(values).any(own)
-            worst[name] = float(values.max() if kind == "rhat" else values.min())
-        if count := int((bad & fitted).sum()):
-            under = "" if kind == "rhat" else f" below {ESS_PER_CHAIN} a chain ({chains} chains)"
-            figures = {name: round(x, 3) for name, x in worst.items()}
-            found.append(
-                f"{what}{under} in {count} of {fitted.size} cells, at worst {figures!r}; {remedy}"
-            )
+    high = (f"R-hat above {RHAT_LIMIT}", "run longer chains")
+    low = {f"{kind} {below(chains)}": kind for kind in ("ess_bulk", "ess_tail")}
+    found = _beyond(table, "rhat", lambda a: a > RHAT_LIMIT, fitted, *high)
+    for what, kind in low.items():
+        found += _beyond(
+            table, kind, lambda a: a < ESS_PER_CHAIN * chains, fitted, what, "draw more"
+        )
     return found
+
+
+def _beyond(
+    table: xr.Dataset,
+    kind: str,
+    is_beyond: Callable[[xr.DataArray], xr.DataArray],
+    fitted: xr.DataArray,
+    what: str,
+    remedy: str,
+) -> list[str]:
+    """In how many cells a diagnostic is beyond its limit, and the variables that are, at worst."""
+    bad, worst = xr.zeros_like(fitted), {}
+    for name, array in table.items():
+        values = array.sel(diagnostic=kind).where(fitted)
+        own = is_beyond(values)
+        if own.any():
+            bad = bad | own.any([d for d in own.dims if d not in fitted.dims])
+            worst[name] = round(float(values.max() if kind == "rhat" else values.min()), 4)
+    if not worst:
+        return []
+    count = int(bad.sum())
+    return [f"{what} in {count} of {fitted.size} cells, at worst {worst!r}; {remedy}"]
+
+
+def _depth_concerns(sample_stats: xr.Dataset, fitted: xr.DataArray) -> list[str]:
+    """In how many cells trees end at the greatest depth too often."""
+    if (draws := at_greatest_depth(sample_stats)) is None:
+        return []
+    deep, depth = draws
+    share = deep.mean(("chain", "draw")).where(fitted)
+    if not (count := int((share > DEEP_SHARE).sum())):
+        return []
+    return [
+        f"in {count} of {fitted.size} cells more than {DEEP_SHARE:.0%} of the draws ended at the "
+        f"greatest tree depth, {depth}, at worst {float(share.max()):.0%}: {deeper(depth)}"
+    ]
 
 
 def _loss_concerns(losses: xr.DataArray, fitted: xr.DataArray, latents: int) -> list[str]:
@@ -100,17 +132,23 @@ def _loss_concerns(losses: xr.DataArray, fitted: xr.DataArray, latents: int) -> 
     # Where the step size shrinks, any loss levels off: what counts is before.
     full = losses.values[steps <= losses.attrs["full_rate_steps"]]
     tail = full[-max(3 * len(steps) // 10, 3) :]
-    if len(tail) < 3:
-        return []
+    if steps[-1] < LEAST_STEPS:
+        return [few_steps(int(steps[-1]))]
     slope, error = _trend(tail.reshape(len(tail), -1))
-    drop = -slope * len(steps) / 10
-    falling = (drop > FALLING_NATS * latents) & (-slope > FALLING_ERRORS * error)
-    count = int((falling & fitted.values.reshape(-1)).sum())
-    if not count:
-        return []
+    drop, error = (x * len(steps) / 10 for x in (-slope, FALLING_ERRORS * error))
+    falling = (drop > FALLING_NATS * latents) & (drop > error)
+    unclear = ~falling & (error > VISIBLE_NATS * max(latents, 1))
+    kinds = {
+        "the loss was still falling at the full learning rate": falling,
+        "the noise of the loss hides whether it has settled": unclear,
+    }
+    counts = {
+        what: int((cells & fitted.values.reshape(-1)).sum()) for what, cells in kinds.items()
+    }
     return [
-        f"the loss was still falling at the full learning rate in {count} of {fitted.size} cells: "
-        f"take more than {steps[-1]} steps"
+        f"{what} in {count} of {fitted.size} cells: take more than {steps[-1]} steps"
+        for what, count in counts.items()
+        if count
     ]
 
 

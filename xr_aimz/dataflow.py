@@ -78,9 +78,9 @@ def open_program(program: Any) -> tuple[Any, Sequence[Any]]:
 
 def inner_programs(equation: Any) -> list[Any]:
     """Programs that an operation holds among its parameters."""
-    values = []
+    values: list[Any] = []
     for value in equation.params.values():
-        values.extend(value if isinstance(value, tuple) else (value,))
+        values.extend(value if isinstance(value, tuple | list) else (value,))
     return [value for value in values if isinstance(value, ClosedJaxpr | Jaxpr)]
 
 

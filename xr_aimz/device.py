@@ -18,11 +18,12 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import Mesh, PartitionSpec
 
 from xr_aimz.fingerprint import RecentlyUsed, program_fingerprint
+from xr_aimz.index_bounds import has_positions
 from xr_aimz.kernel import Call
 from xr_aimz.model import Block, tracing
 from xr_aimz.scans import recursion_lengths
 
-__all__ = ["recursions_of", "run", "trace", "traced"]
+__all__ = ["may_index", "recursions_of", "run", "trace", "traced"]
 
 # A program takes 55 to 220 of the 65 530 mappings of memory that Linux lets a process have
 # (normal and Poisson outcomes, jax 0.10; half of that with 0.12).
@@ -32,6 +33,8 @@ _compiled = RecentlyUsed[Any](128)
 _traces = RecentlyUsed[Any](16)
 # The lengths of the scans of programs that were traced.
 _recursions = RecentlyUsed[frozenset[int]](1024)
+# Whether they take entries by position.
+_indexing = RecentlyUsed[bool](1024)
 # How many elements one step of the map over draws should have: measured on two cores, see
 # docs/decisions. Fewer leave XLA's threads idle, more do not fit the cache.
 _STEP_ELEMENTS = 2**18
@@ -60,6 +63,7 @@ def trace(
         closed, outputs = jax.make_jaxpr(call, return_shape=True)(draw, shared)
         name = program_fingerprint(closed)
         _recursions.put(name, recursion_lengths(closed))
+        _indexing.put(name, has_positions(closed))
         _traces.put((name, _avals((draw, shared))), (closed, outputs))
     return closed, outputs, name
 
@@ -67,6 +71,11 @@ def trace(
 def recursions_of(name: str) -> frozenset[int] | None:
     """The lengths of the scans and running sums of a program that :func:`traced` named."""
     return _recursions.get(name)
+
+
+def may_index(name: str) -> bool:
+    """Whether a program that :func:`traced` named may take entries by position."""
+    return _indexing.get(name) is not False
 
 
 def run(

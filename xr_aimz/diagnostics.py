@@ -19,7 +19,7 @@ from numpyro.diagnostics import effective_sample_size, gelman_rubin
 from scipy.special import ndtri
 from scipy.stats import linregress, rankdata
 
-__all__ = ["concerns", "ess_bulk", "ess_tail", "rhat", "summarize"]
+__all__ = ["concerns", "ess_bulk", "ess_tail", "few_steps", "rhat", "summarize"]
 
 RHAT_LIMIT = 1.01
 ESS_PER_CHAIN = 100
@@ -28,6 +28,15 @@ ESS_PER_CHAIN = 100
 # many nats a latent value: a guide whose sd is 10 % off loses half of that by it. Both are
 # guesses, tried on converged and unconverged fits (docs/decisions/fits.md).
 FALLING_ERRORS, FALLING_NATS = 4.0, 0.01
+# Fewer steps are too few to judge: a line through three tenths of them falls by four of its
+# standard errors by chance too often, and at a rate of 0.05 they do not get far. Of more steps the
+# line is to show a fall of half a nat a latent value in a tenth of them: a mean that is one
+# posterior sd off costs half a nat.
+LEAST_STEPS, VISIBLE_NATS = 100, 0.5
+# The share of draws at the greatest tree depth that is a concern: a few cost time, many are a
+# chain that hardly moves.
+DEEP_SHARE = 0.01
+DIVERGED = "method=NUTS(model, target_accept_prob=0.95), or reparameterize"
 # Losses of batches are averaged over epochs where there are so many: a line through fewer
 # means has no standard error to rely on.
 EPOCHS = 20
@@ -101,10 +110,8 @@ def concerns(
     """What speaks against a fit, in sentences with figures; empty when nothing does."""
     found = []
     if "diverging" in sample_stats and (count := int(sample_stats.diverging.sum())):
-        found.append(
-            f"{count} of {sample_stats.diverging.size} draws diverged: raise "
-            "target_accept_prob, or reparameterize"
-        )
+        found.append(f"{count} of {sample_stats.diverging.size} draws diverged: {DIVERGED}")
+    found += _depth_concerns(sample_stats)
     if losses is not None:
         found += _loss_concerns(losses, _latent_count(posterior))
     elif posterior.sizes.get("chain", 0):
@@ -112,20 +119,50 @@ def concerns(
     return found
 
 
+def at_greatest_depth(sample_stats: xr.Dataset) -> tuple[xr.DataArray, int] | None:
+    """Mask of the draws whose tree has the greatest depth that NUTS allows, and that depth."""
+    steps = sample_stats.get("n_steps")
+    if steps is None or "max_tree_depth" not in steps.attrs:
+        return None
+    depth = int(steps.attrs["max_tree_depth"])
+    return steps >= 2**depth - 1, depth
+
+
+def deeper(depth: int) -> str:
+    """The remedy for trees that end at the greatest depth."""
+    return f"method=NUTS(model, max_tree_depth={depth + 2}), or scale inputs to order 1"
+
+
+def _depth_concerns(sample_stats: xr.Dataset) -> list[str]:
+    if (draws := at_greatest_depth(sample_stats)) is None:
+        return []
+    deep, depth = draws
+    share = float(deep.mean())
+    if share <= DEEP_SHARE:
+        return []
+    return [
+        f"{share:.0%} of {deep.size} draws ended at the greatest tree depth, {depth} (limit "
+        f"{DEEP_SHARE:.0%}): {deeper(depth)}"
+    ]
+
+
 def _chain_concerns(table: xr.Dataset, chains: int) -> list[str]:
     found = []
     worst = {name: float(a.sel(diagnostic="rhat").max()) for name, a in table.items()}
-    high = {name: round(r, 3) for name, r in worst.items() if r > RHAT_LIMIT}
+    high = {name: round(r, 4) for name, r in worst.items() if r > RHAT_LIMIT}
     if high:
         found.append(f"R-hat above {RHAT_LIMIT}: {high!r}; run longer chains")
     for kind in ("ess_bulk", "ess_tail"):
         least = {name: float(a.sel(diagnostic=kind).min()) for name, a in table.items()}
-        low = {name: round(n) for name, n in least.items() if n < ESS_PER_CHAIN * chains}
+        low = {name: int(n) for name, n in least.items() if n < ESS_PER_CHAIN * chains}
         if low:
-            found.append(
-                f"{kind} below {ESS_PER_CHAIN} a chain ({chains} chains): {low!r}; draw more"
-            )
+            found.append(f"{kind} {below(chains)}: {low!r}; draw more")
     return found
+
+
+def below(chains: int) -> str:
+    """The limit of an effective sample size, in words."""
+    return f"below {ESS_PER_CHAIN} a chain ({chains} chains: {ESS_PER_CHAIN * chains})"
 
 
 def _latent_count(posterior: xr.Dataset) -> int:
@@ -136,18 +173,33 @@ def _loss_concerns(losses: xr.DataArray, latents: int) -> list[str]:
     bad = int((~np.isfinite(losses)).sum())
     if bad:
         return [f"{bad} of {losses.size} losses are not finite: lower the learning rate"]
-    steps, tail = _tail(losses)
-    if len(tail) < 3:
-        return []
-    trend = linregress(steps, tail)
     count = losses.size * _every(losses)
-    drop = -trend.slope * count / 10
-    if drop > FALLING_NATS * latents and -trend.slope > FALLING_ERRORS * trend.stderr:
+    steps, tail = _tail(losses)
+    if count < LEAST_STEPS or len(tail) < EPOCHS:
+        full = losses.attrs.get("full_rate_steps", count)
+        return [few_steps(count if count < LEAST_STEPS else full)]
+    trend = linregress(steps, tail)
+    drop, error = (x * count / 10 for x in (-trend.slope, FALLING_ERRORS * trend.stderr))
+    if drop > FALLING_NATS * latents and drop > error:
         return [
             f"the loss was still falling at the full learning rate, by {drop:.3g} a tenth of the "
             f"{count} steps: take more"
         ]
+    # Losses of batches are noise many times over, whatever the guide.
+    batches = losses.attrs.get("epoch_steps", 1.0) > 1
+    if not batches and error > VISIBLE_NATS * max(latents, 1):
+        return [
+            f"{count} steps are too few to see whether the loss has settled: its noise hides a "
+            f"fall of {error:.3g} a tenth of them (limit {VISIBLE_NATS} a latent value): take more"
+        ]
     return []
+
+
+def few_steps(count: int) -> str:
+    """The concern of a fit by too few steps to judge it."""
+    return (
+        f"{count} steps are too few to see whether the fit has settled: take {LEAST_STEPS} or more"
+    )
 
 
 def _every(losses: xr.DataArray) -> int:

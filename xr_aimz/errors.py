@@ -5,6 +5,11 @@ knows nothing of this package can catch it. A message names what does not hold, 
 was found and what would work.
 """
 
+import contextlib
+import os
+import sys
+import warnings
+
 __all__ = [
     "AimzError",
     "BindingError",
@@ -33,7 +38,11 @@ __all__ = [
     "TrackingWarning",
     "UnitsError",
     "WriteError",
+    "warn",
 ]
+
+# Frames of these are no caller's: a context of ours is left by way of contextlib.
+_OURS = (os.path.dirname(__file__) + os.sep, contextlib.__file__)
 
 
 class AimzError(Exception):
@@ -146,3 +155,11 @@ class TrackingWarning(UserWarning):
 
 class ResumeWarning(UserWarning):
     """A write that is cut short could not be taken up by another process."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line that called this package, by whichever of its functions."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

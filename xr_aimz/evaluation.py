@@ -25,7 +25,7 @@ from xr_aimz.casting import device_dtype, to_device_dtype
 from xr_aimz.cell_results import in_cells
 from xr_aimz.concrete import check_not_cut
 from xr_aimz.dataflow import dependencies
-from xr_aimz.device import recursions_of, trace
+from xr_aimz.device import may_index, recursions_of, traced
 from xr_aimz.drawn_from import Drawing
 from xr_aimz.errors import ModelError
 from xr_aimz.failures import explain_failure
@@ -40,7 +40,6 @@ from xr_aimz.guard import (
     site_layout,
 )
 from xr_aimz.holes import may_have_holes, without_holes
-from xr_aimz.index_bounds import has_positions
 from xr_aimz.input_checks import collect_index_ranges, collect_requirements
 from xr_aimz.inputs import Inputs
 from xr_aimz.interventions import Intervention
@@ -55,7 +54,7 @@ from xr_aimz.posterior import Fit
 from xr_aimz.recursion import Dependence, find_dependences
 from xr_aimz.reduction import Statistic, reduce, suffixed
 from xr_aimz.reduction import outputs as reduced
-from xr_aimz.requirements import check_in_memory, resize
+from xr_aimz.requirements import check_in_memory, is_in_memory, resize
 from xr_aimz.unseen import latent_draws
 from xr_aimz.upstream import Origin, origins
 
@@ -184,14 +183,9 @@ class Evaluation:
 
     def traced(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], str]:
         """Outputs for one draw of a block of those sizes, and the name of the program."""
-        _, outputs, name = self.trace(sizes)
-        return outputs, name
-
-    def trace(self, sizes: Mapping[str, int]) -> tuple[Any, dict[str, Any], str]:
-        """The program of a block of those sizes, its outputs for one draw, and its name."""
         block = block_of(self.fit.binding, sizes)
         with explain_failure(self.fit, self.inputs, sizes):
-            return trace(self.factory(self.program, sizes), block, *self.structs(sizes))
+            return traced(self.factory(self.program, sizes), block, *self.structs(sizes))
 
     def padded(self, cut: Plan) -> dict[str, int]:
         """The size to which blocks are padded, so that one program serves all of them."""
@@ -245,9 +239,10 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
     _check_integers(inputs)
     lazily = check_in_memory(collect_requirements(fit, inputs, wanted.program), inputs)
     check_places(fit, inputs, tuple(wanted.latents))
-    closed, structs, name = wanted.trace(inputs.sizes)
-    if has_positions(closed):
-        ranges = collect_index_ranges(fit, inputs, wanted.program, wanted.factory, wanted.latents)
+    structs, name = wanted.traced(inputs.sizes)
+    if may_index(name):
+        kernel = wanted.factory, frozenset(wanted.latents), name
+        ranges = collect_index_ranges(fit, inputs, wanted.program, *kernel)
         lazily += check_in_memory(ranges, inputs)
     partly = [n for n in wanted.latents if KNOWN + n in inputs.arrays]
     if _may_recur(wanted, name):
@@ -284,7 +279,7 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
 def _check_integers(inputs: Inputs) -> None:
     """Refuse integers that JAX cannot hold: a task would too, values in memory are checked now."""
     for key, array in inputs.arrays.items():
-        if array.chunks is None and array.dtype.kind in "iu":
+        if is_in_memory(array) and array.dtype.kind in "iu":
             to_device_dtype(key, array.values)
 
 

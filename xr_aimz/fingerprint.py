@@ -11,7 +11,7 @@ import hashlib
 import re
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from enum import Enum
 from functools import partial
 from threading import Lock
@@ -19,6 +19,7 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
@@ -108,7 +109,7 @@ def _literal(atom: Literal) -> bytes:
 
 def _array(value: Any) -> bytes:
     """Digest of an array's dtype, shape and bits; of a random key's, its words."""
-    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return _hash(str(value.dtype), _array(jax.random.key_data(value)))
     array = np.ascontiguousarray(value)
     return _hash(str(array.dtype), str(array.shape), array.tobytes())
@@ -220,6 +221,10 @@ class RecentlyUsed(Generic[Value]):
     def clear(self) -> None:
         with self._lock:
             self._values.clear()
+
+    def __iter__(self) -> Iterator[Hashable]:
+        with self._lock:
+            return iter(list(self._values))
 
     def __len__(self) -> int:
         return len(self._values)

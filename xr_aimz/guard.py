@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 import xarray as xr
+from jax.extend.core import ClosedJaxpr
 
 from xr_aimz.axes import TABLE, shape_in_model
 from xr_aimz.axis_rules import FlattenedAxes, Tags
@@ -246,14 +247,13 @@ def site_layout(
 
 def function_obstacle(function: Callable, layouts: Sequence[Layout]) -> Obstacle | None:
     """What keeps a function of arrays from being proven to work cell by cell, if anything."""
-    traces = [
-        jax.make_jaxpr(function)(
-            *(jax.ShapeDtypeStruct(layout.shapes[i], layout.dtype) for layout in layouts)
-        )
-        for i in (0, 1)
-    ]
+
+    def trace(number: int) -> ClosedJaxpr:
+        structs = (jax.ShapeDtypeStruct(each.shapes[number], each.dtype) for each in layouts)
+        return jax.make_jaxpr(function)(*structs)
+
     tags = [layout.tags for layout in layouts]
-    return find_obstacles(*traces, tags, tags[:1])[0]
+    return find_obstacles(trace(0), trace(1), tags, tags[:1])[0]
 
 
 def _read_traces(case: Case, blocks: Mapping[str, int]) -> tuple[Obstacle | None, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 from jax.extend.core import ClosedJaxpr, Literal
@@ -106,7 +107,7 @@ def _program(whole: Any, block: Any, given: Sequence[Proof]) -> list[Proof]:
 
 def _constant(whole: Any, block: Any) -> Proof:
     """An array that the program holds: the same for any block, or one number everywhere."""
-    if isinstance(whole, jax.Array) and jax.dtypes.issubdtype(whole.dtype, jax.dtypes.prng_key):
+    if isinstance(whole, jax.Array) and jnp.issubdtype(whole.dtype, jax.dtypes.prng_key):
         whole, block = jax.random.key_data(whole), jax.random.key_data(block)
         return (None,) * (whole.ndim - 1) if _identical(whole, block) else _other_constant()
     whole, block = np.asarray(whole), np.asarray(block)
@@ -232,7 +233,7 @@ def _first_obstacle(operands: Sequence[Proof]) -> Obstacle:
 
 
 def _read(a: Any, b: Any, known: Mapping[Any, tuple[Any, Proof]]) -> Proof:
-    if isinstance(a, Literal) and isinstance(b, Literal) and a.aval.dtype == b.aval.dtype:
+    if isinstance(a, Literal) and isinstance(b, Literal) and a.aval.dtype == b.aval.dtype:  # type: ignore[attr-defined] # of arrays
         return _constant(a.val, b.val)
     if isinstance(a, Literal) or isinstance(b, Literal):
         return Obstacle("the model reads other numbers for another number of cells")

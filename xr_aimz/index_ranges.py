@@ -20,17 +20,20 @@ from xr_aimz.binding import block_of
 from xr_aimz.casting import to_device_dtype
 from xr_aimz.device import run, trace
 from xr_aimz.errors import IndexRangeError
+from xr_aimz.fingerprint import RecentlyUsed
 from xr_aimz.index_bounds import Position, find_positions, has_positions, positions_of
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Call, Program
 from xr_aimz.requirements import BlockValues, Requirement
-from xr_aimz.supports import call_structs, make_blank, pad_to, resize_structs, structs_of
+from xr_aimz.supports import call_structs, make_blank, pad_to, resize_structs
 
 __all__ = ["ComputedIndexRange", "Factory", "IndexRange", "PositionKernel", "find_index_ranges"]
 
 Factory = Callable[[Program, Mapping[str, int]], Call]
 
 _SHOWN = 10
+# By the name of a program and of its arguments: a model in a server meets the same ones again.
+_positions = RecentlyUsed[tuple[tuple[Position, ...], str]](256)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,46 +213,36 @@ class ComputedIndexRange:
 
 
 def find_index_ranges(
-    factory: Factory,
-    program: Program,
-    latents: frozenset[str],
+    kernel: PositionKernel,
     inputs: Inputs,
-    params: Mapping[str, Any],
     described: Mapping[str, str],
     labels: Mapping[str, pd.Index],
+    name: str | None = None,
 ) -> tuple[Requirement, ...]:
     """The requirements on inputs from which a model takes entries of an axis.
 
     Parameters
     ----------
-    factory : callable
-        Makes the kernel from the program and the sizes of a block.
-    program : Program
-    latents : frozenset of str
-        The sites whose values the kernel is passed.
+    kernel : PositionKernel
     inputs : Inputs
-    params : mapping of name to pytree
     described : mapping of key to str
         The arrays in words.
     labels : mapping of dim to Index
         Of the dims of latents and inputs, where they have any.
+    name : str, optional
+        Of the other kernel's program on all of the inputs, where it has been traced.
 
     Returns
     -------
     tuple of Requirement
     """
-    kernel = PositionKernel(factory, program, latents, structs_of(program, inputs), params)
-    structs = kernel.structs(inputs.sizes)
-    call, block = factory(program, inputs.sizes), block_of(program.binding, inputs.sizes)
-    closed, _, _ = trace(call, block, *structs)
-    if not has_positions(closed):
-        return ()
     words = {key: described.get(key, repr(key)) for key in kernel.arrays}
-    paths = _paths(structs)
+    paths = _paths(kernel.structs(inputs.sizes))
+    positions, own = _find_once(kernel, inputs.sizes, paths, name)
     found: list[Requirement] = []
     computed = []
-    for number, position in enumerate(find_positions(closed, _names(paths))):
-        axis = _axis_in_words(position, paths, program, inputs, labels)
+    for number, position in enumerate(positions):
+        axis = _axis_in_words(position, paths, kernel.program, inputs, labels)
         if position.is_input:
             (key,) = position.sources
             found.append(IndexRange(key, words[key], position.highest, axis))
@@ -257,9 +250,25 @@ def find_index_ranges(
             computed.append((number, position, axis))
     if computed:
         keys = frozenset[str]().union(*(p.sources for _, p, _ in computed))
-        name = kernel.trace(inputs.sizes)
-        found.append(ComputedIndexRange(keys, words, kernel, inputs.sizes, name, tuple(computed)))
+        found.append(ComputedIndexRange(keys, words, kernel, inputs.sizes, own, tuple(computed)))
     return tuple(found)
+
+
+def _find_once(
+    kernel: PositionKernel,
+    sizes: Mapping[str, int],
+    paths: Sequence[tuple[str, ...]],
+    name: str | None,
+) -> tuple[tuple[Position, ...], str]:
+    """The positions, and the name of the program that computes them; empty where none does."""
+    known = None if name is None else _positions.get((name, tuple(paths)))
+    if known is not None:
+        return known
+    block = block_of(kernel.program.binding, sizes)
+    closed, _, name = trace(kernel.factory(kernel.program, sizes), block, *kernel.structs(sizes))
+    positions = find_positions(closed, _names(paths)) if has_positions(closed) else ()
+    own = "" if all(p.is_input for p in positions) else kernel.trace(sizes)
+    return _positions.put((name, tuple(paths)), (positions, own))
 
 
 def _paths(tree: Any) -> list[tuple[str, ...]]:

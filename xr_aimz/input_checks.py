@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import xarray as xr
 
 from xr_aimz.casting import Precision, is_wide, loses_bits
 from xr_aimz.concrete import require_same_values
 from xr_aimz.conversions import find_converted
-from xr_aimz.index_ranges import Factory, find_index_ranges
+from xr_aimz.index_ranges import Factory, PositionKernel, find_index_ranges
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import CONDITION, Program
 from xr_aimz.labelling import result_name
 from xr_aimz.posterior import Fit
-from xr_aimz.requirements import Requirement, describe_variables
-from xr_aimz.supports import find_outcome_supports, find_supports
+from xr_aimz.requirements import Requirement, describe_variables, is_in_memory
+from xr_aimz.supports import find_outcome_supports, find_supports, structs_of
 from xr_aimz.worlds import Worlds
 
 __all__ = ["collect_index_ranges", "collect_requirements"]
@@ -46,21 +44,25 @@ def collect_requirements(fit: Fit, inputs: Inputs, program: Program) -> tuple[Re
 
 
 def collect_index_ranges(
-    fit: Fit, inputs: Inputs, program: Program, factory: Factory, latents: Iterable[str]
+    fit: Fit,
+    inputs: Inputs,
+    program: Program,
+    factory: Factory,
+    latents: frozenset[str],
+    name: str,
 ) -> tuple[Requirement, ...]:
     """The requirements on inputs, and values of ``do``, by which a model takes entries."""
     described = {**_variables(fit), **_conditions(fit), **_settings(fit, program.worlds)}
     words = {key: what for key, (what, _) in described.items()}
     labels = {**fit.binding.labels, **inputs.labels}
-    return find_index_ranges(
-        factory, program, frozenset(latents), inputs, fit.params, words, labels
-    )
+    kernel = PositionKernel(factory, program, latents, structs_of(program, inputs), fit.params)
+    return find_index_ranges(kernel, inputs, words, labels, name)
 
 
 def _may_be_wide(array: xr.DataArray) -> bool:
     """Whether integers have, or are lazy and may have, more digits than JAX's floats."""
-    if not is_wide(array.dtype) or array.chunks is not None or not array.size:
-        return is_wide(array.dtype) and array.chunks is not None
+    if not is_wide(array.dtype) or not is_in_memory(array) or not array.size:
+        return is_wide(array.dtype) and not is_in_memory(array)
     return int(array.max()) > _DIGITS or int(array.min()) < -_DIGITS
 
 

@@ -343,4 +343,5 @@ def _draws(plan: Plan, arrays: Mapping[str, Any]) -> Draws:
         loss_steps=steps,
         full_rate_steps=int(plan.method.full_rate * steps[-1]) if steps else 0,
         status=np.asarray(arrays["status"]),
+        max_tree_depth=plan.method.max_tree_depth,
     )

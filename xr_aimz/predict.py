@@ -350,9 +350,9 @@ def answered(ds: xr.Dataset, wanted: Evaluation, attrs: Attrs, verb: str) -> xr.
     else:
         result = result.assign({n: result[n].assign_attrs(a) for n, a in attrs.items()})
     draws = {d: wanted.posterior[d] for d in ("chain", "draw") if d in wanted.posterior.coords}
-    own = {d: labels for d, labels in draws.items() if d in result.dims}
-    own |= {} if wanted.under is None else dict(wanted.under.coords)
-    result = with_coords(result.assign_coords(own), wanted.fit.binding, wanted.inputs)
+    coords: dict[Any, Any] = {d: labels for d, labels in draws.items() if d in result.dims}
+    coords |= {} if wanted.under is None else dict(wanted.under.coords)
+    result = with_coords(result.assign_coords(coords), wanted.fit.binding, wanted.inputs)
     result = result.squeeze([d for d in wanted.inputs.scalars if d in result.dims])
     result = _select(result, ds, wanted.inputs)
     line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}: xr_aimz {verb} of {wanted.fit.method}"
@@ -360,9 +360,9 @@ def answered(ds: xr.Dataset, wanted: Evaluation, attrs: Attrs, verb: str) -> xr.
     if wanted.assumed:
         line += f"; cells assumed independent along {list(wanted.assumed)!r}"
     history = "\n".join(filter(None, [str(ds.attrs.get("history", "")), line]))
-    own = {name: value for name, value in ds.attrs.items() if name != ASSUMED}
-    own |= {ASSUMED: " ".join(wanted.assumed)} if wanted.assumed else {}
-    return result.assign_attrs({**own, "history": history})
+    global_attrs: dict[Any, Any] = {n: a for n, a in ds.attrs.items() if n != ASSUMED}
+    global_attrs |= {ASSUMED: " ".join(wanted.assumed)} if wanted.assumed else {}
+    return result.assign_attrs({**global_attrs, "history": history})
 
 
 def _select(result: xr.Dataset, ds: xr.Dataset, inputs: Inputs) -> xr.Dataset:

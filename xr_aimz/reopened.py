@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from xr_aimz.assembly import Further, concerns_of
+from xr_aimz.assembly import Further
 from xr_aimz.bound import Bound
 from xr_aimz.errors import OptionError
 from xr_aimz.fit import for_masked, problem_of
@@ -90,8 +90,8 @@ class Reopened:
         found = Further(self.bound, drawn, arrays, self.what.first)(draws, seed)
         if origin.kind == "chains":
             return found
-        found = replace(found, losses=self.fit.losses)
-        return replace(found, concerns=concerns_of(found))
+        # Of a guide they are about its training, of which nothing has changed.
+        return replace(found, losses=self.fit.losses, concerns=self.fit.concerns)
 
     def _chains(self, problem: Problem, given: Any) -> Callable[[int, int], Draws]:
         origin = self.what.origin

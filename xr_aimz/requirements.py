@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from xr_aimz.binding import Binding
 from xr_aimz.inputs import Inputs
@@ -22,6 +23,7 @@ __all__ = [
     "check_in_memory",
     "check_values",
     "describe_variables",
+    "is_in_memory",
     "label_part",
     "label_whole",
     "resize",
@@ -103,6 +105,11 @@ def resize(
     return tuple(r for r in found if r is not None)
 
 
+def is_in_memory(array: xr.DataArray) -> bool:
+    """Whether an array is neither dask's nor in a file that xarray has opened."""
+    return bool(array.variable._in_memory)
+
+
 def check_values(requirements: Iterable[Requirement], values: BlockValues) -> None:
     """Check the arrays of one block."""
     for requirement in requirements:
@@ -122,8 +129,8 @@ def check_in_memory(
     now: list[Requirement] = []
     later: list[Requirement] = []
     for requirement in requirements:
-        lazy = any(inputs.arrays[key].chunks is not None for key in requirement.keys)
-        (later if lazy else now).append(requirement)
+        here = all(is_in_memory(inputs.arrays[key]) for key in requirement.keys)
+        (now if here else later).append(requirement)
     if now:
         read = frozenset[str]().union(*(r.keys for r in now))
         arrays = {k: inputs.arrays[k].values for k in read}

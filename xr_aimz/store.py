@@ -21,7 +21,6 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
 from xr_aimz import manifest
-from xr_aimz.caller import warn_caller
 from xr_aimz.completeness import Damage, chunk_key
 from xr_aimz.errors import (
     DamagedStoreError,
@@ -31,6 +30,7 @@ from xr_aimz.errors import (
     SpaceError,
     StoreError,
     WriteError,
+    warn,
 )
 from xr_aimz.listing import list_entries
 from xr_aimz.manifest import Manifest
@@ -274,7 +274,7 @@ def _blocks_there(
 def _warn_unnamed(mine: Manifest) -> None:
     if not mine.unnamed:
         return
-    warn_caller(
+    warn(
         "if this write is cut short, no other process can take it up: it would not know "
         f"{list(mine.unnamed)!r} to be the same. Load or store what they are made from first, "
         "give random arrays a seed, or say resume=False",

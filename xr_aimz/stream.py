@@ -46,7 +46,8 @@ class Stream:
     static : mapping of source key to array
         Those without a batched dimension: loaded, and passed whole to every step.
     kept : mapping of source key to array
-        All others, where they fit into one window: on the device, in the order of ``decks``.
+        All others, where they fit into one window: on the device, in the order of ``decks``,
+        and then the first of them again, so that a batch may begin at any row.
     decks : mapping of dim to Deck
     requirements : tuple of Requirement
         What the values of a window must satisfy.
@@ -136,7 +137,7 @@ def stream(
     whole = {k: pieces[0] for k, pieces in loaded.items()}
     check_values(requirements, label_whole(inputs, {**static, **whole}))
     order = decks(made, seed)
-    kept = {k: _dealt(whole[k], dims, order) for k, dims in bare.batched.items()}
+    kept = {k: _dealt(whole[k], dims, order, sizes) for k, dims in bare.batched.items()}
     first = {
         k: whole[k][tuple(slice(0, sizes.get(d)) for d in dims)]
         for k, dims in bare.batched.items()
@@ -148,10 +149,13 @@ def _on_device(loaded: Mapping[str, list[np.ndarray]]) -> Arrays:
     return {k: jnp.asarray(pieces[0]) for k, pieces in loaded.items()}
 
 
-def _dealt(values: np.ndarray, dims: tuple[str, ...], order: Mapping[str, Deck]) -> Any:
+def _dealt(
+    values: np.ndarray, dims: tuple[str, ...], order: Mapping[str, Deck], sizes: Mapping[str, int]
+) -> Any:
     for axis, d in enumerate(dims):
         if d in order:
-            values = np.take(values, order[d].kept, axis=axis)
+            rows = np.resize(order[d].kept, values.shape[axis] + sizes[d] - 1)
+            values = np.take(values, rows, axis=axis)
     return jnp.asarray(values)
 
 

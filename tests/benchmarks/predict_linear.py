@@ -2,6 +2,7 @@
 
     python tests/benchmarks/predict_linear.py            # xr_aimz alone, 1x and 10x the data
     python tests/benchmarks/predict_linear.py --vs aimz  # and aimz's predict, run in turn
+    python tests/benchmarks/predict_linear.py --against ../old  # and another checkout's, in turn
 
 Each run is a process of its own, on the same arrays and the same posterior draws: 1000
 draws of a 5-feature linear model for 400 000 observations. Time is that of the predict
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from statistics import median
 
 import numpy as np
 
+HERE = Path(__file__).parents[2]
 OBSERVATIONS, FEATURES, DRAWS, CHUNK = 400_000, 5, 1000, 25_000
 
 
@@ -82,12 +85,25 @@ def run_aimz(inputs: Path, output: Path) -> float:
     return time.perf_counter() - start
 
 
-def measure(who: str, inputs: Path) -> dict[str, float]:
-    """One run in a process of its own."""
+def measure(who: str, inputs: Path, checkout: Path = HERE) -> dict[str, float]:
+    """One run in a process of its own, of the package in a checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--one", who, str(inputs), f"{folder}/out.zarr"]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(inputs: Path, checkout: Path, runs: int) -> None:
+    """The ratio to another checkout, of runs in turn, the first pair left out."""
+    pairs = [
+        (measure("xr_aimz", inputs), measure("xr_aimz", inputs, checkout)) for _ in range(runs + 1)
+    ][1:]
+    ratios = sorted(new["seconds"] / old["seconds"] for new, old in pairs)
+    print(
+        f"time / that of {checkout}: median {median(ratios):.3f}, {ratios[0]:.3f} to "
+        f"{ratios[-1]:.3f} in {runs} pairs"
+    )
 
 
 def one(who: str, inputs: Path, output: Path) -> None:
@@ -99,6 +115,7 @@ def one(who: str, inputs: Path, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vs", choices=["aimz"], default=None)
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--one", nargs=3, metavar=("WHO", "INPUTS", "OUTPUT"))
     options = parser.parse_args()
@@ -109,6 +126,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         small, large = Path(folder) / "small.zarr", Path(folder) / "large.zarr"
         write_inputs(small, OBSERVATIONS)
+        if options.against:
+            compare(small, options.against, options.runs)
+            return
         write_inputs(large, 10 * OBSERVATIONS)
         whom = ["xr_aimz", *([options.vs] if options.vs else [])]
         runs: dict[str, list[dict[str, float]]] = {who: [] for who in whom}

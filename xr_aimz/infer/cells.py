@@ -76,6 +76,8 @@ class CellMethod:
         After which step each loss was taken.
     full_rate : float
         The share of the steps at the optimizer's full rate.
+    max_tree_depth : int, optional
+        Of the trees of NUTS.
     """
 
     infer: Callable[[Problem, jax.Array, Mapping[str, Any]], Lane]
@@ -85,6 +87,7 @@ class CellMethod:
     name: str
     loss_steps: tuple[int, ...] = ()
     full_rate: float = 1.0
+    max_tree_depth: int | None = None
 
 
 def mcmc_cells(
@@ -111,9 +114,11 @@ def mcmc_cells(
         }
         return Lane(samples, stats, None, jnp.where(finite, lost, NOT_FINITE))
 
-    kind = type(make_kernel(lambda: None)).__name__
+    kernel = make_kernel(lambda: None)
     counted = f"{mcmc.counted(chains, 'chain')}, {mcmc.counted(warmup, 'warmup step')}"
-    return CellMethod(infer, _check, (chains, draws), _MCMC_LANES, f"{kind} per cell, {counted}")
+    name = f"{type(kernel).__name__} per cell, {counted}"
+    depth = mcmc.max_tree_depth(kernel)
+    return CellMethod(infer, _check, (chains, draws), _MCMC_LANES, name, max_tree_depth=depth)
 
 
 def svi_cells(

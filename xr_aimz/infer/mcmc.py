@@ -27,6 +27,7 @@ __all__ = [
     "counted",
     "init_strategy",
     "kernel_for",
+    "max_tree_depth",
     "run",
     "sampler_for",
     "without_deterministics",
@@ -127,6 +128,7 @@ def _drawn(problem: Problem, sampler: MCMC, seed: int) -> Draws:
         f"{counted(sampler.num_warmup, 'warmup step')}",
         more=continuation(problem, sampler, sampler.last_state),
         origin=_origin(sampler),
+        max_tree_depth=max_tree_depth(sampler.sampler),
     )
 
 
@@ -153,6 +155,14 @@ def continuation(problem: Problem, sampler: MCMC, state: Any) -> Callable[[int, 
         return _drawn(problem, further, seed)
 
     return more
+
+
+def max_tree_depth(kernel: MCMCKernel) -> int | None:
+    """How often a tree of NUTS may double after warmup; None of other kernels."""
+    if not isinstance(kernel, NUTS):
+        return None
+    depth = kernel._max_tree_depth
+    return int(depth[1] if isinstance(depth, tuple) else depth)
 
 
 def counted(count: int, what: str) -> str:

@@ -11,14 +11,16 @@ from typing import Any
 
 from numpyro.contrib.einstein import SteinVI
 from numpyro.infer import HMC, MCMC, SVI
-from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.autoguide import AutoGuide, AutoNormal
 from numpyro.infer.mcmc import MCMCKernel
 
-from xr_aimz.defaults import CHAINS, DRAWN, STEPPED
+from xr_aimz.defaults import CHAINS, DRAWN, LEARNING_RATE, STEPPED
 from xr_aimz.errors import OptionError
 from xr_aimz.infer import laplace, mcmc, minibatch, stein, svi
 from xr_aimz.infer.cells import CellMethod, laplace_cells, mcmc_cells, svi_cells
+from xr_aimz.infer.iterates import adam
 from xr_aimz.infer.problem import Draws, Problem
+from xr_aimz.infer.reflection import is_normal
 from xr_aimz.posterior import Fit
 from xr_aimz.spelling import list_names, suggest
 from xr_aimz.whole_numbers import parse_count
@@ -142,12 +144,20 @@ def _in_batches(
         def make(steps: int) -> SVI:
             if isinstance(method, SVI):
                 return method
-            guide = None if method == "svi" else method
-            return svi.svi_for(problem.model, guide, optimizer, init, steps, minibatch.LAST_RATE)
+            guide = AutoNormal if method == "svi" else method
+            by = _batch_optimizer(guide, optimizer, steps)
+            return svi.svi_for(problem.model, guide, by, init, steps, minibatch.LAST_RATE)
 
         return minibatch.run(problem, make, settings, draws=draws, seed=seed, progress=progress)
 
     return run
+
+
+def _batch_optimizer(guide: Any, optimizer: Any, steps: int) -> Any:
+    """An Adam of our own that averages, for a guide of which averages are known to be good."""
+    if is_normal(guide) and (optimizer is None or isinstance(optimizer, (int, float))):
+        return adam(LEARNING_RATE if optimizer is None else float(optimizer), steps)
+    return optimizer
 
 
 def _batch_options(model: Callable, method: Any, asked: dict[str, Any]) -> dict[str, Any]:

@@ -28,10 +28,15 @@ from xr_aimz.errors import OptionError
 from xr_aimz.further import Origin
 from xr_aimz.infer.batchable import check_guide, check_model, check_start, local_sites
 from xr_aimz.infer.entry_draws import draw_entries
+from xr_aimz.infer.iterates import AverageOptimizer, SpreadOptimizer
 from xr_aimz.infer.losses import History
+from xr_aimz.infer.noise import noise_concerns
 from xr_aimz.infer.problem import Draws, Problem
+from xr_aimz.infer.reflection import is_normal
+from xr_aimz.infer.scaled import scales
 from xr_aimz.infer.svi import check_params, sample_guide
 from xr_aimz.infer.training import Training, training
+from xr_aimz.labelling import result_name
 from xr_aimz.model import tracing
 from xr_aimz.options import get_options
 from xr_aimz.stream import ahead, stream
@@ -42,6 +47,8 @@ __all__ = ["LAST_RATE", "Settings", "reopened", "run"]
 # the last steps, so these are smaller than those of a full-batch fit.
 LAST_RATE = 1e-4
 _UNSETTLED = -1
+# Of a checkpoint's arrays. 1 had no averages, and a single draw of the guide a step.
+_LAYOUT = 2
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ def run(
     sizes = batch_sizes(settings.batch, binding, inputs)
     per_epoch = prod(inputs.sizes[d] / n for d, n in sizes.items())
     steps = settings.steps or ceil((settings.epochs or 0) * per_epoch)
-    made = make(steps)
+    made = _with_record(make(steps))
     check_guide(problem, made.guide, sizes)
     check_start(problem, settings.started, sizes)
     check_model(problem, sizes)
@@ -119,6 +126,13 @@ def run(
         state = _train(ready, state, settings, steps, seed, file, bar)
     file.write(state.packed())
     return _drawn(ready, state, settings, steps, draws, sample)
+
+
+def _with_record(svi: SVI) -> SVI:
+    """The inference, with a record of the iterates of a normal guide."""
+    if not is_normal(svi.guide) or isinstance(svi.optim, AverageOptimizer):
+        return svi
+    return SVI(svi.model, svi.guide, SpreadOptimizer(svi.optim), svi.loss, **svi.static_kwargs)
 
 
 @dataclass(frozen=True)
@@ -144,7 +158,7 @@ class _State:
             return cls(ready.start, Place(), History(), names)
         what = "init=" if stored is None else f"checkpoint={str(settings.checkpoint)!r}"
         _check_same(what, found, names, ("fit",) if stored is None else ("fit", "call"))
-        leaves = _unpacked(found, ready.start)
+        leaves = _restarted(ready, _unpacked(found, ready.start))
         place = Place(*(int(found[n]) for n in ("step", "epoch", "within", "settled")))
         if stored is None and place.step > steps:
             raise OptionError(
@@ -159,7 +173,8 @@ class _State:
         place = {n: getattr(self.place, n) for n in ("step", "epoch", "within", "settled")}
         kept = self.history
         losses = {"every": kept.every, "losses": kept.means, "rest": kept.rest}
-        return {n: np.array(a) for n, a in {**arrays, **place, **losses, **self.names}.items()}
+        named = {**arrays, **place, **losses, **self.names, "layout": _LAYOUT}
+        return {n: np.array(a) for n, a in named.items()}
 
 
 def _bare(leaf: Any) -> np.ndarray:
@@ -179,9 +194,23 @@ def _unpacked(found: Mapping[str, Any], start: list[Any]) -> list[Any]:
     ]
 
 
+def _restarted(ready: Training, leaves: list[Any]) -> list[Any]:
+    """Without the averages of an earlier fit of fewer steps, which ended before these begin."""
+    if not isinstance(ready.svi.optim, AverageOptimizer):
+        return leaves
+    found = jax.tree.unflatten(ready.structure, leaves)
+    again = ready.svi.optim.restarted(found.optim_state)
+    return jax.tree.leaves(found._replace(optim_state=again))
+
+
 def _check_same(
     what: str, found: Mapping[str, Any], names: Mapping[str, Any], told: tuple[str, ...]
 ) -> None:
+    if int(found.get("layout", 1)) != _LAYOUT:
+        raise OptionError(
+            f"{what} was written by another version of xr_aimz, whose fits in batches cannot be "
+            "continued by this one; fit anew, or continue it with that version"
+        )
     if "seed" in found and int(found["seed"]) != names["seed"]:
         raise OptionError(
             f"{what} is of a fit with seed={int(found['seed'])!r}, and this one has "
@@ -284,7 +313,8 @@ def _descending(ready: Training, state: _State, full: int | None) -> _State:
 def _drawn(
     ready: Training, state: _State, settings: Settings, steps: int, draws: int, key: Any
 ) -> Draws:
-    problem, made, leaves = ready.problem, ready.data.batches, state.leaves
+    problem, made = ready.problem, ready.data.batches
+    leaves = ready.result(state.leaves)
 
     def more(draws: int, seed: int) -> dict[str, np.ndarray]:
         return _samples(ready, leaves, jax.random.key(seed), draws)
@@ -306,6 +336,23 @@ def _drawn(
         state=state.packed(),
         more=more,
         origin=None if ready.svi.static_kwargs else _origin(ready, leaves),
+        concerns=_concerns(ready, state),
+    )
+
+
+def _concerns(ready: Training, state: _State) -> tuple[str, ...]:
+    """What the record of the iterates speaks against, where there is one."""
+    optim, problem = ready.svi.optim, ready.problem
+    if not isinstance(optim, (AverageOptimizer, SpreadOptimizer)):
+        return ()
+    assert problem.binding is not None
+    return noise_concerns(
+        ready.guide,
+        optim,
+        jax.tree.unflatten(ready.structure, state.leaves).optim_state,
+        ready.svi.constrain_fn,
+        {n: result_name(problem.binding, problem.sites[n]) for n in problem.named("latent")},
+        scales(problem.sites, problem.binding, ready.data.batches),
     )
 
 

@@ -70,6 +70,10 @@ class Draws:
         What a later fit goes on from, where the method can.
     origin : Origin, optional
         What ``more`` draws from, where a store can keep it.
+    max_tree_depth : int, optional
+        Of the trees of NUTS.
+    concerns : tuple of str
+        What the inference itself found to speak against the draws.
     """
 
     samples: Mapping[str, np.ndarray]
@@ -86,3 +90,5 @@ class Draws:
     loss_steps: tuple[int, ...] = ()
     status: np.ndarray | None = None
     origin: Origin | None = None
+    max_tree_depth: int | None = None
+    concerns: tuple[str, ...] = ()

@@ -11,14 +11,14 @@ from typing import Any
 
 from numpyro.infer import Trace_ELBO
 
-__all__ = ["ordered"]
+__all__ = ["Ordered", "ordered"]
 
 
 def ordered(loss: Any) -> Any:
     """A loss like it whose terms are added in order; others than ``Trace_ELBO`` as they are."""
     if type(loss) is not Trace_ELBO or not loss.sum_sites:
         return loss
-    return _Ordered(
+    return Ordered(
         num_particles=loss.num_particles,
         vectorize_particles=loss.vectorize_particles,
         multi_sample_guide=loss.multi_sample_guide,
@@ -26,7 +26,9 @@ def ordered(loss: Any) -> Any:
     )
 
 
-class _Ordered(Trace_ELBO):  # type: ignore[misc] # NumPyro is untyped
+class Ordered(Trace_ELBO):  # type: ignore[misc] # NumPyro is untyped
+    """``Trace_ELBO`` whose terms are added in the order of their names."""
+
     def loss_with_mutable_state(self, *args: Any, **kwargs: Any) -> Any:
         found = super().loss_with_mutable_state(*args, **kwargs)
         terms = found["loss"]

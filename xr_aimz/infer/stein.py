@@ -19,6 +19,7 @@ from numpyro import handlers
 from numpyro.contrib.einstein import SteinVI
 from numpyro.infer.autoguide import AutoGuide
 
+from xr_aimz.diagnostics import LEAST_STEPS, few_steps
 from xr_aimz.infer.coverage import check_guide
 from xr_aimz.infer.problem import Draws, Problem
 from xr_aimz.model import tracing
@@ -31,7 +32,8 @@ def run(
 ) -> Draws:
     """Move the particles, then draw from their mixture.
 
-    The force on the particles is no loss, so none is kept.
+    The force on the particles is no loss, so none is kept, and nothing but the number of
+    steps speaks for or against the fit.
     """
     start, sample = jax.random.split(jax.random.key(seed))
     with tracing(problem.block):
@@ -52,6 +54,7 @@ def run(
         f"{stein.num_stein_particles} particles, {steps} steps",
         params=jax.tree.map(np.asarray, kept),
         more=more,
+        concerns=(few_steps(steps),) if steps < LEAST_STEPS else (),
     )
 
 

@@ -24,8 +24,9 @@ from xr_aimz.binding import arrange, block_of
 from xr_aimz.fingerprint import traced_fingerprint
 from xr_aimz.infer.coverage import check_guide
 from xr_aimz.infer.entries import Entries, entries_of
+from xr_aimz.infer.iterates import AverageOptimizer
 from xr_aimz.infer.problem import Problem
-from xr_aimz.infer.repeatable import ordered
+from xr_aimz.infer.reflection import reflected
 from xr_aimz.infer.scaled import scaled, scales
 from xr_aimz.labels import label_words
 from xr_aimz.model import Block, tracing
@@ -56,8 +57,6 @@ class Training:
     structure : treedef
     entries : list of Entries or None
         Of each leaf.
-    drawn : mapping of dim to array
-        The orders of the stream's decks, on the device.
     """
 
     problem: Problem
@@ -68,7 +67,6 @@ class Training:
     start: Leaves
     structure: Any
     entries: list[Entries | None]
-    drawn: Mapping[str, Any]
     _programs: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,6 +80,15 @@ class Training:
         """The guide's parameters, and the model's, those with entries whole."""
         whole = [a if e is None else e.folded(a) for a, e in self._paired(leaves)]
         return self.svi.get_params(jax.tree.unflatten(self.structure, whole))
+
+    def result(self, leaves: Leaves) -> Leaves:
+        """The leaves of a state with the params that count: averaged, where they are."""
+        optim = self.svi.optim
+        if not isinstance(optim, AverageOptimizer):
+            return leaves
+        state = jax.tree.unflatten(self.structure, leaves)
+        params = optim.result(state.optim_state)
+        return jax.tree.leaves(state._replace(optim_state=optim.init(params)))
 
     def part(self, leaves: Leaves, starts: Mapping[str, Any]) -> Any:
         """The state for the batch that begins at ``starts`` in the Dataset's own order."""
@@ -109,7 +116,6 @@ class Training:
         passed = (
             leaves,
             {**self.data.static, **arrays},
-            self.drawn,
             turns,
             positions,
             starts,
@@ -138,7 +144,6 @@ class Training:
         self,
         leaves: Leaves,
         arrays: Mapping[str, Any],
-        drawn: Mapping[str, Any],
         turns: Mapping[str, Any],
         positions: Mapping[str, Any],
         starts: Any,
@@ -151,8 +156,10 @@ class Training:
         def step(number: Any, carry: tuple[Leaves, Any]) -> tuple[Leaves, Any]:
             now, losses = carry
             at = dict(zip(self.data.batches.sizes, starts[number], strict=True))
-            batch = self._batch(arrays, drawn, turns, at)
-            new, loss = self.svi.update(self.part(now, at), **self.arguments(batch))
+            batch = self._batch(arrays, turns, at)
+            # Read out of the window before the step writes into it: else XLA copies it whole.
+            state = jax.lax.optimization_barrier(self.part(now, at))
+            new, loss = self.svi.update(state, **self.arguments(batch))
             sizes = self.block.sizes
             now = [
                 b if e is None else e.paste(a, e.rows(b, sizes), at)
@@ -171,23 +178,17 @@ class Training:
     def _batch(
         self,
         arrays: Mapping[str, Any],
-        drawn: Mapping[str, Any],
         turns: Mapping[str, Any],
         starts: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """The arrays of a batch: a slice of permuted rows, or the rows that a deck gives."""
-        found, sizes = dict(arrays), self.data.batches.sizes
+        """The arrays of a batch: a slice of permuted rows."""
+        found, made = dict(arrays), self.data.batches
+        places = {d: (start + turns.get(d, 0)) % made.lengths[d] for d, start in starts.items()}
         for key, dims in self.data.batched.items():
-            for axis, d in ((i, d) for i, d in enumerate(dims) if d in starts):
-                if d in drawn:
-                    rows = jax.lax.dynamic_slice_in_dim(drawn[d], starts[d], sizes[d]) + turns[d]
-                    rows = jnp.where(rows < len(drawn[d]), rows, rows - len(drawn[d]))
-                    place = (slice(None),) * axis + (rows,)
-                    found[key] = found[key].at[place].get(mode="promise_in_bounds")
-                else:
-                    found[key] = jax.lax.dynamic_slice_in_dim(
-                        found[key], starts[d], sizes[d], axis
-                    )
+            for axis, d in ((i, d) for i, d in enumerate(dims) if d in places):
+                found[key] = jax.lax.dynamic_slice_in_dim(
+                    found[key], places[d], made.sizes[d], axis
+                )
         return found
 
     def _paired(self, leaves: Leaves) -> Any:
@@ -249,8 +250,7 @@ def training(problem: Problem, svi: SVI, data: Stream, key: Any) -> Training:
         jnp.array(a) if e is None else e.repeated(e.rows(a, sizes), inputs.sizes)
         for a, e in zip(leaves, entries, strict=True)
     ]
-    drawn = {d: jnp.asarray(deck.drawn, jnp.int32) for d, deck in data.decks.items()}
-    return Training(problem, data, block, own, guide, start, structure, entries, drawn)
+    return Training(problem, data, block, own, guide, start, structure, entries)
 
 
 def _scaled(problem: Problem, svi: SVI, data: Stream) -> tuple[SVI, Callable]:
@@ -259,7 +259,8 @@ def _scaled(problem: Problem, svi: SVI, data: Stream) -> tuple[SVI, Callable]:
     by = scales(problem.sites, problem.binding, data.batches)
     guide = _fresh(svi.guide)
     model = scaled(problem.model, by)
-    own = SVI(model, scaled(guide, by), svi.optim, ordered(svi.loss), **svi.static_kwargs)
+    loss = reflected(svi.loss, guide)
+    own = SVI(model, scaled(guide, by), svi.optim, loss, **svi.static_kwargs)
     return own, guide
 
 

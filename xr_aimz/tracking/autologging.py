@@ -6,13 +6,9 @@ a while turns this off too. No function is patched: :mod:`xr_aimz.watch` tells o
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -23,7 +19,7 @@ from mlflow.utils.autologging_utils.logging_and_warnings import (
 )
 from mlflow.utils.mlflow_tags import MLFLOW_AUTOLOGGING
 
-from xr_aimz.errors import TrackingWarning
+from xr_aimz.errors import TrackingWarning, warn
 from xr_aimz.flavour.models import log_model
 from xr_aimz.posterior import Fit
 from xr_aimz.tracking.patience import Attempts, patience
@@ -33,7 +29,6 @@ __all__ = ["NAME", "RUN_ID", "log_now", "logged"]
 
 NAME = "xr_aimz"
 RUN_ID = "mlflow_run_id"
-_HOUSE = (str(Path(__file__).parents[1]), contextlib.__file__)
 
 
 @contextmanager
@@ -104,11 +99,7 @@ class _Session:
             with self._calls():
                 end(run, self._attempts, error)
         if (said := self._attempts.said()) and not self._silent:
-            warnings.warn(
-                f"what MLflow has of this fit is not whole; the fit is. {said}",
-                TrackingWarning,
-                stacklevel=_outside(),
-            )
+            warn(f"what MLflow has of this fit is not whole; the fit is. {said}", TrackingWarning)
 
     @contextmanager
     def _calls(self) -> Iterator[None]:
@@ -139,11 +130,3 @@ def _is_on() -> bool:
     if autologging.autologging_is_disabled(NAME) or autologging._AUTOLOGGING_GLOBALLY_DISABLED:
         return False
     return not (_setting("exclusive") and mlflow.active_run() is not None)
-
-
-def _outside() -> int:
-    """How far up the stack the call lies that is not ours: who is to be warned."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HOUSE):
-        level, frame = level + 1, frame.f_back
-    return level
