@@ -272,10 +272,18 @@ def scanned(seconds, y=None):
     numpyro.sample("y", dist.Normal(level, 1), obs=y)
 
 
+def carried(seconds, y=None):
+    """An integer becomes a float a step after it was carried on."""
+    slope = numpyro.sample("slope", dist.Normal(0, 1))
+    _, before = jax.lax.scan(lambda c, x: (x, c.astype(float)), jnp.zeros((), int), seconds)
+    numpyro.sample("y", dist.Normal(slope * before, 1), obs=y)
+
+
 def test_integers_that_a_model_converts_are_as_coarse(coarse, fine):
     whole = coarse.assign(seconds=coarse.seconds.astype(int))
     refused = r"'seconds'.*1700000001 at time=1 becomes 1700000000\.0"
-    for model, options in ((scaled, {}), (scanned, {"core_dim": "time"})):
+    core = {"core_dim": "time"}
+    for model, options in ((scaled, {}), (scanned, core), (carried, core)):
         with pytest.raises(DtypeError, match=refused):
             whole.aimz.fit(model, progress=False, **options)
     fit = fine.assign(seconds=fine.seconds.astype(int)).aimz.from_posterior(scaled, DRAWS)

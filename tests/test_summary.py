@@ -276,7 +276,7 @@ def test_a_core_dim_is_never_cut_for_a_summary(ds):
     np.testing.assert_allclose(lazy.tas_mean, truth, rtol=1e-5, atol=1e-5)
     with (
         xr_aimz.set_options(block_bytes=2**12),
-        pytest.raises(BlockSizeError, match=r"'time': 31, 'lat': 1.*\('time',\) whole"),
+        pytest.raises(BlockSizeError, match=r"'time': 31, 'lat': 1.*core_dim=\('time',\)"),
     ):
         ds.aimz.predict(fit, summary="mean")
 

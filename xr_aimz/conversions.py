@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, Literal
 
 from xr_aimz.binding import block_of
-from xr_aimz.dataflow import inner_programs, open_program
+from xr_aimz.dataflow import Labels, reaches
 from xr_aimz.device import trace
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import Dims, Program, reading
@@ -44,7 +44,6 @@ _KEEP_VALUES = {
     "stop_gradient": _ALL,
     "transpose": _ALL,
 }
-_Marks = list[frozenset[str]]
 
 
 def find_converted(program: Program, inputs: Inputs, params: Mapping[str, Any]) -> frozenset[str]:
@@ -70,9 +69,9 @@ def find_converted(program: Program, inputs: Inputs, params: Mapping[str, Any]) 
     marks = [
         frozenset({path[2].key}) if path[1].key == "arrays" else frozenset[str]() for path in paths
     ]
-    found: set[str] = set()
-    _follow(closed.jaxpr, marks, found)
-    return frozenset(found)
+    converted: set[str] = set()
+    reaches(closed, marks, partial(_pass_values, converted))
+    return frozenset(converted)
 
 
 def _read(site: Site, message: Mapping[str, Any]) -> tuple[Dims, Any]:
@@ -81,34 +80,13 @@ def _read(site: Site, message: Mapping[str, Any]) -> tuple[Dims, Any]:
     return site.dims[: site.batch_ndim], message["fn"].log_prob(message["value"])
 
 
-def _follow(jaxpr: Jaxpr, marks: _Marks, found: set[str]) -> _Marks:
-    """Follow inputs through a program; ``found`` has those that are converted."""
-    known: dict[Any, frozenset[str]] = dict(zip(jaxpr.invars, marks, strict=True))
-
-    def marks_of(variables: Sequence[Any]) -> _Marks:
-        return [
-            frozenset() if isinstance(v, Literal) else known.get(v, frozenset()) for v in variables
-        ]
-
-    for equation in jaxpr.eqns:
-        given = marks_of(equation.invars)
-        known.update(zip(equation.outvars, _through(equation, given, found), strict=True))
-    return marks_of(jaxpr.outvars)
-
-
-def _through(equation: Any, given: _Marks, found: set[str]) -> _Marks:
-    name, outputs = equation.primitive.name, len(equation.outvars)
+def _pass_values(converted: set[str], equation: Any, labels: Sequence[Labels]) -> list[Labels]:
+    """Labels of the arrays whose values an operation passes on; those it converts are noted."""
+    name = equation.primitive.name
     if name == "convert_element_type":
         integer = jnp.issubdtype(equation.invars[0].aval.dtype, jnp.integer)
         if integer and jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
-            found |= given[0]
-        return [given[0]]
-    if name in _KEEP_VALUES:
-        return [frozenset().union(*given[_KEEP_VALUES[name]])] * outputs
-    every = frozenset[str]().union(*given)
-    made: set[str] = set()
-    for program in inner_programs(equation):
-        jaxpr, _ = open_program(program)
-        aligned = given if len(jaxpr.invars) == len(given) else [every] * len(jaxpr.invars)
-        made |= set().union(*_follow(jaxpr, aligned, found))
-    return [frozenset(made)] * outputs
+            converted |= labels[0]
+        return [labels[0]]
+    operands = labels[_KEEP_VALUES[name]] if name in _KEEP_VALUES else []
+    return [frozenset[str]().union(*operands)] * len(equation.outvars)

@@ -14,9 +14,18 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-__all__ = ["Labels", "dependencies", "inner_programs", "open_program", "reaches", "scan_counts"]
+__all__ = [
+    "Labels",
+    "Rule",
+    "dependencies",
+    "inner_programs",
+    "open_program",
+    "reaches",
+    "scan_counts",
+]
 
 Labels = frozenset[str]
+Rule = Callable[[Any, Sequence[Labels]], list[Labels]]
 _NONE: Labels = frozenset()
 
 
@@ -45,7 +54,9 @@ def dependencies(call: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(results), reaches(closed, labels))
 
 
-def reaches(program: ClosedJaxpr | Jaxpr, labels: Sequence[Labels]) -> list[Labels]:
+def reaches(
+    program: ClosedJaxpr | Jaxpr, labels: Sequence[Labels], rule: Rule | None = None
+) -> list[Labels]:
     """
     Labels of each result of a program, from those of its arguments.
 
@@ -54,11 +65,15 @@ def reaches(program: ClosedJaxpr | Jaxpr, labels: Sequence[Labels]) -> list[Labe
     program : ClosedJaxpr or Jaxpr
     labels : sequence of frozenset of str
         One for each argument. Constants have none.
+    rule : callable, optional
+        From an operation without a program of its own, and the labels of all that it reads, to the
+        labels of its results. By default it passes on all of them.
 
     Returns
     -------
     list of frozenset of str
     """
+    rule = _everywhere if rule is None else rule
     jaxpr, _ = open_program(program)
     labels_of = dict(zip(jaxpr.invars, labels, strict=True))
 
@@ -66,7 +81,7 @@ def reaches(program: ClosedJaxpr | Jaxpr, labels: Sequence[Labels]) -> list[Labe
         return _NONE if isinstance(atom, Literal) else labels_of.get(atom, _NONE)
 
     for equation in jaxpr.eqns:
-        results = _results(equation, [read(atom) for atom in equation.invars])
+        results = _results(equation, [read(atom) for atom in equation.invars], rule)
         labels_of.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -103,18 +118,24 @@ def scan_counts(equation: Any) -> tuple[int, int]:
     return len(constants), len(carry)
 
 
-def _results(equation: Any, labels: list[Labels]) -> list[Labels]:
+def _results(equation: Any, labels: list[Labels], rule: Rule) -> list[Labels]:
     name, programs = equation.primitive.name, inner_programs(equation)
+    if not programs:
+        return rule(equation, labels)
     if name == "scan":
-        return _of_scan(equation, labels)
+        return _of_scan(equation, labels, rule)
     if name == "while":
-        return _of_while(equation, labels)
+        return _of_while(equation, labels, rule)
     if name == "cond":
-        return _of_cond(equation, labels)
+        return _of_cond(equation, labels, rule)
     if len(programs) == 1:
         inner, _ = open_program(programs[0])
         if (len(inner.invars), len(inner.outvars)) == (len(labels), len(equation.outvars)):
-            return reaches(programs[0], labels)
+            return reaches(programs[0], labels, rule)
+    for program in programs:
+        # Their results are not known, but what they do is: for the rule to see.
+        every = _NONE.union(*labels)
+        reaches(program, [every] * len(open_program(program)[0].invars), rule)
     return _everywhere(equation, labels)
 
 
@@ -122,13 +143,13 @@ def _everywhere(equation: Any, labels: Sequence[Labels]) -> list[Labels]:
     return [_NONE.union(*labels)] * len(equation.outvars)
 
 
-def _of_cond(equation: Any, labels: list[Labels]) -> list[Labels]:
+def _of_cond(equation: Any, labels: list[Labels], rule: Rule) -> list[Labels]:
     decides, arguments = labels[0], labels[1:]
-    branches = [reaches(branch, arguments) for branch in equation.params["branches"]]
+    branches = [reaches(branch, arguments, rule) for branch in equation.params["branches"]]
     return [decides.union(*each) for each in zip(*branches, strict=True)]
 
 
-def _of_scan(equation: Any, labels: list[Labels]) -> list[Labels]:
+def _of_scan(equation: Any, labels: list[Labels], rule: Rule) -> list[Labels]:
     try:
         constants, carried = scan_counts(equation)
     except LookupError:
@@ -136,23 +157,23 @@ def _of_scan(equation: Any, labels: list[Labels]) -> list[Labels]:
     fixed, slices = labels[:constants], labels[constants + carried :]
     carry = labels[constants : constants + carried]
     while True:
-        results = reaches(equation.params["jaxpr"], [*fixed, *carry, *slices])
+        results = reaches(equation.params["jaxpr"], [*fixed, *carry, *slices], rule)
         settled = [before | after for before, after in zip(carry, results, strict=False)]
         if settled == carry:
             return [*carry, *results[carried:]]
         carry = settled
 
 
-def _of_while(equation: Any, labels: list[Labels]) -> list[Labels]:
+def _of_while(equation: Any, labels: list[Labels], rule: Rule) -> list[Labels]:
     params = equation.params
     first, second = params["cond_nconsts"], params["body_nconsts"]
     of_condition, of_body = labels[:first], labels[first : first + second]
     carry = labels[first + second :]
     while True:
-        results = reaches(params["body_jaxpr"], [*of_body, *carry])
+        results = reaches(params["body_jaxpr"], [*of_body, *carry], rule)
         settled = [before | after for before, after in zip(carry, results, strict=True)]
         if settled == carry:
             # The condition decides how often the body runs, and so every result.
-            (decides,) = reaches(params["cond_jaxpr"], [*of_condition, *carry])
+            (decides,) = reaches(params["cond_jaxpr"], [*of_condition, *carry], rule)
             return [one | decides for one in carry]
         carry = settled

@@ -40,6 +40,7 @@ from xr_aimz.guard import (
     site_layout,
 )
 from xr_aimz.holes import may_have_holes, without_holes
+from xr_aimz.index_ranges import PositionKernel
 from xr_aimz.input_checks import collect_index_ranges, collect_requirements
 from xr_aimz.inputs import Inputs
 from xr_aimz.interventions import Intervention
@@ -55,6 +56,7 @@ from xr_aimz.recursion import Dependence, find_dependences
 from xr_aimz.reduction import Statistic, reduce, suffixed
 from xr_aimz.reduction import outputs as reduced
 from xr_aimz.requirements import check_in_memory, is_in_memory, resize
+from xr_aimz.supports import structs_of
 from xr_aimz.unseen import latent_draws
 from xr_aimz.upstream import Origin, origins
 
@@ -138,6 +140,13 @@ class Evaluation:
         fit = replace(self.fit, binding=self.fit.binding.of_cell())
         posterior = self.posterior.isel(first, drop=True, missing_dims="ignore")
         return replace(self, fit=fit, inputs=self.inputs.of_cell(per), posterior=posterior)
+
+    @property
+    def position_kernel(self) -> PositionKernel:
+        """The kernel of the positions by which the model takes entries."""
+        arrays = structs_of(self.program, self.inputs)
+        latents = frozenset(self.latents)
+        return PositionKernel(self.factory, self.program, latents, arrays, self.fit.params)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -241,8 +250,7 @@ def evaluate(wanted: Evaluation) -> xr.Dataset:
     check_places(fit, inputs, tuple(wanted.latents))
     structs, name = wanted.traced(inputs.sizes)
     if may_index(name):
-        kernel = wanted.factory, frozenset(wanted.latents), name
-        ranges = collect_index_ranges(fit, inputs, wanted.program, *kernel)
+        ranges = collect_index_ranges(fit, inputs, wanted.position_kernel, name)
         lazily += check_in_memory(ranges, inputs)
     partly = [n for n in wanted.latents if KNOWN + n in inputs.arrays]
     if _may_recur(wanted, name):

@@ -7,13 +7,13 @@ import xarray as xr
 from xr_aimz.casting import Precision, is_wide, loses_bits
 from xr_aimz.concrete import require_same_values
 from xr_aimz.conversions import find_converted
-from xr_aimz.index_ranges import Factory, PositionKernel, find_index_ranges
+from xr_aimz.index_ranges import PositionKernel, find_index_ranges
 from xr_aimz.inputs import Inputs
 from xr_aimz.kernel import CONDITION, Program
 from xr_aimz.labelling import result_name
 from xr_aimz.posterior import Fit
 from xr_aimz.requirements import Requirement, describe_variables, is_in_memory
-from xr_aimz.supports import find_outcome_supports, find_supports, structs_of
+from xr_aimz.supports import find_outcome_supports, find_supports
 from xr_aimz.worlds import Worlds
 
 __all__ = ["collect_index_ranges", "collect_requirements"]
@@ -44,18 +44,12 @@ def collect_requirements(fit: Fit, inputs: Inputs, program: Program) -> tuple[Re
 
 
 def collect_index_ranges(
-    fit: Fit,
-    inputs: Inputs,
-    program: Program,
-    factory: Factory,
-    latents: frozenset[str],
-    name: str,
+    fit: Fit, inputs: Inputs, kernel: PositionKernel, name: str
 ) -> tuple[Requirement, ...]:
     """The requirements on inputs, and values of ``do``, by which a model takes entries."""
-    described = {**_variables(fit), **_conditions(fit), **_settings(fit, program.worlds)}
+    described = {**_variables(fit), **_conditions(fit), **_settings(fit, kernel.program.worlds)}
     words = {key: what for key, (what, _) in described.items()}
     labels = {**fit.binding.labels, **inputs.labels}
-    kernel = PositionKernel(factory, program, latents, structs_of(program, inputs), fit.params)
     return find_index_ranges(kernel, inputs, words, labels, name)
 
 

@@ -97,10 +97,13 @@ def plan_cells(
     lengths = {d: max(c) for d, c in chunks.items()}
     weight = prod(lengths.values()) * per_cell
     if weight > limit:
+        kept = f"core_dim={binding.core_dims!r}"
+        if read := [d for d in binding.whole_dims if d not in binding.core_dims]:
+            kept += f" and {read!r}, along which the model reads values,"
         raise BlockSizeError(
             f"a summary needs all draws of a cell in one task: {shape[0]} chains x {shape[1]} "
-            f"draws of a block of {lengths!r}, the smallest with {binding.whole_dims!r} "
-            f"whole, weigh {weight:.3g} bytes, and block_bytes is {limit}; take fewer draws, "
+            f"draws of a block of {lengths!r}, the smallest with {kept} whole, "
+            f"weigh {weight:.3g} bytes, and block_bytes is {limit}; take fewer draws, "
             f"draws=..., or allow more, xr_aimz.set_options(block_bytes={_COPIES * int(weight)})"
         )
     return Plan(chunks, (shape[0],), (shape[1],))
