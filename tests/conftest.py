@@ -1,9 +1,11 @@
 """Settings of Hypothesis, and the fits that several modules share."""
 
 import atexit
+import itertools
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Workers of pytest-xdist would each take three quarters of a GPU's memory for themselves.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -12,7 +14,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="xr_aimz-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
@@ -41,16 +43,24 @@ settings.register_profile("thorough", max_examples=80, **_COMMON)
 settings.load_profile(os.environ.get("XR_AIMZ_HYPOTHESIS", "ci"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _programs_end_with_their_module():
-    """Let go of compiled programs: a process may map 65 530 pieces of memory, and each takes some.
+# A process may map 65 530 pieces of memory, and XLA aborts at the limit. A compiled program takes
+# 55 to 625 of them, and all of the suite's would come to 50 000 and more in one worker.
+_MAPPINGS = 30_000
+_finished = itertools.count(1)
 
-    With all of the suite's, a worker comes to 50 000 and more, and XLA aborts at the limit.
-    """
+
+@pytest.fixture(autouse=True)
+def _programs_end_when_there_are_many():
+    """Let go of compiled programs, where they are many; else the next test finds them."""
     yield
-    device._compiled.clear()
-    tiles._compiled.clear()
-    jax.clear_caches()
+    # Counting takes some 20 ms.
+    if next(_finished) % 20 == 0 and Path("/proc/self/maps").exists():
+        with open("/proc/self/maps", "rb") as mappings:
+            many = sum(1 for _ in mappings) > _MAPPINGS
+        if many:
+            device._compiled.clear()
+            tiles._compiled.clear()
+            jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

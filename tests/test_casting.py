@@ -302,3 +302,18 @@ def test_integers_that_a_model_keeps_are_exact(coarse, model):
     steps = np.arange(100.0)
     expected = steps / 2 if model is differenced else np.where(steps == 3, 0.5, 0)
     np.testing.assert_allclose(pred, expected, atol=5)
+
+
+def test_a_file_is_not_kept_in_memory_by_the_checks_of_a_fit_per_cell(tmp_path):
+    values = np.random.default_rng(0).normal(size=(6, 3))
+    xr.Dataset({"y": (("time", "cell"), values)}).to_netcdf(tmp_path / "data.nc")
+
+    def centre(y=None):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        with xr_aimz.plate("time"):
+            numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+
+    with xr.open_dataset(tmp_path / "data.nc") as ds:
+        fit = ds.aimz.fit(centre, per="cell", method="laplace", draws=10, progress=False)
+        assert not ds.y.variable._in_memory
+        np.testing.assert_allclose(fit.data_sd.y, values.std(0), rtol=1e-6)
