@@ -339,7 +339,7 @@ def _named(
     """The draws of the outputs, or what is asked of them, under their names in a Dataset."""
     names = {n: result_name(wanted.fit.binding, wanted.fit.sites[n]) for n in outputs}
     if wanted.statistics:
-        task = replace(task, after=partial(reduce, statistics=wanted.statistics))
+        task = replace(task, after=_Reduction(wanted.statistics))
         names, outputs = suffixed(names, wanted.statistics), reduced(outputs, wanted.statistics)
     else:
         outputs = {n: (("chain", "draw", *dims), one) for n, (dims, one) in outputs.items()}
@@ -350,6 +350,20 @@ def _named(
         return result
     # Cells were cut to have room for all draws; what is left of those is small.
     return result.chunk({d: c for d, c in wanted.inputs.chunks.items() if d in result.dims})
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    """Statistics of a block's draws."""
+
+    statistics: tuple[Statistic, ...]
+
+    def __call__(self, draws: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return reduce(draws, self.statistics)
+
+    def __dask_tokenize__(self) -> Any:
+        # By what it computes: not by where our code stands, which moves.
+        return "statistics", *(tuple(vars(one).items()) for one in self.statistics)
 
 
 def _check_cut(wanted: Evaluation, cut: Plan) -> None:

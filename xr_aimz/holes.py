@@ -94,13 +94,13 @@ def _checked(
     with_draws = drawn_cells(fit, inputs)
     used = cells if with_draws is None else cells & with_draws.variable
     checked = xr.apply_ufunc(
-        _check, array.variable, over(used, array.dims), kwargs={"what": what},
+        _check_nothing_missing, array.variable, over(used, array.dims), kwargs={"what": what},
         dask="parallelized", output_dtypes=[array.dtype], keep_attrs=True,
     )  # fmt: skip
     return array if checked.chunks is None else array.copy(data=checked.data)
 
 
-def _check(array: np.ndarray, used: Any, *, what: str) -> np.ndarray:
+def _check_nothing_missing(array: np.ndarray, used: Any, *, what: str) -> np.ndarray:
     if (np.isnan(array) & used).any():
         raise MissingValueError(what)
     return array

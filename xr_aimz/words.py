@@ -57,6 +57,7 @@ _DESCRIPTORS = (
     types.MethodDescriptorType,
     types.ClassMethodDescriptorType,
 )
+_OURS = __name__.partition(".")[0]
 # NumPy chooses 128 bits where it is given no seed; a person gives fewer.
 _CHOSEN = 64
 
@@ -200,6 +201,9 @@ class Words:
         name = _place(value)
         code = _code(value.__code__)
         settings = self._nested(value, lambda: (value.__defaults__, value.__kwdefaults__))
+        if name is not None and name[0] == _OURS:
+            # Where it stands and how it is written may change from release to release.
+            return ("function", *name, settings)
         if name is not None:
             return ("function", *name, code, settings)
         # Of a script, a notebook or another function: what it refers to can change with it.
@@ -282,7 +286,9 @@ def _place(value: Any) -> tuple[str, str] | None:
         return None
     for part in name.split("."):
         found = getattr(found, part, None)
-    return (module, name) if found is value else None
+    if found is not value:
+        return None
+    return (_OURS if module.startswith(f"{_OURS}.") else module), name
 
 
 @functools.lru_cache(maxsize=4096)
