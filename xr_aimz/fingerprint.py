@@ -37,6 +37,7 @@ Value = TypeVar("Value")
 # What a program is called; and what only its derivative is made from, which a trace of the
 # derivative has in full.
 _NO_PART = {"name", "jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "policy"}
+_OURS = __name__.partition(".")[0]
 _LIBRARIES = {"jax", "jaxlib", "numpy", "numpyro"}
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")
 
@@ -146,6 +147,11 @@ def _function(value: Any, memo: dict[int, bytes]) -> bytes:
         found = _hash(b"partial", each(value.func), each(value.args), each(value.keywords))
     elif isinstance(value, MethodType):
         found = _hash(b"method", each(value.__func__), each(value.__self__))
+    elif isinstance(value, FunctionType) and value.__module__.partition(".")[0] == _OURS:
+        # How it is written may change from release to release, and with that no number.
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        parts = (value.__qualname__, value.__defaults__, value.__kwdefaults__, cells)
+        found = _hash(b"function of ours", *map(each, parts))
     elif isinstance(value, CodeType):
         found = _hash(value.co_code, str(value.co_names), each(value.co_consts))
     else:
