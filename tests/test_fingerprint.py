@@ -279,3 +279,22 @@ def test_a_partial_is_named_by_what_it_binds():
     first, again, other = (traced_fingerprint(partial(call, by), X) for by in (2, 2, 3))
     assert first == again != other
     assert program_fingerprint(jax.make_jaxpr(partial(call, 2))(X)) == first
+
+
+def test_the_order_in_which_a_scan_stacks_names_nothing():
+    # NumPyro collects the sites of a step in a set.
+    def stacked(take, *parts):
+        def call(x):
+            step = lambda c, _: (c + 1, tuple(part(c) for part in parts))  # noqa: E731
+            return jax.lax.scan(step, x, None, length=3)[1][take]
+
+        return traced_fingerprint(call, np.float32(1))
+
+    def twice(c):
+        return 2 * c
+
+    def thrice(c):
+        return 3 * c
+
+    assert stacked(0, twice, thrice) == stacked(1, thrice, twice)
+    assert stacked(0, twice, thrice) != stacked(1, twice, thrice)

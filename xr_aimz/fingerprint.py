@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from xr_aimz.dataflow import open_program
+from xr_aimz.dataflow import open_program, scan_counts
 from xr_aimz.identity import identify
 
 __all__ = [
@@ -70,8 +70,14 @@ def traced_fingerprint(call: Callable, *args: Any) -> str:
 
 def _program(program: Any, memo: dict[int, bytes]) -> bytes:
     """Each value is named by its operation and the names of what goes into it."""
-    if id(program) in memo:
-        return memo[id(program)]
+    if id(program) not in memo:
+        results, effects = _results(program, memo)
+        memo[id(program)] = _hash(*results, b"effects", *effects)
+    return memo[id(program)]
+
+
+def _results(program: Any, memo: dict[int, bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Digests of the results of a program, one by one, and of its effects."""
     jaxpr, consts = open_program(program)
     names: dict[Any, bytes] = {}
     for number, var in enumerate(jaxpr.invars):
@@ -87,13 +93,34 @@ def _program(program: Any, memo: dict[int, bytes]) -> bytes:
 
     effects = []
     for equation in jaxpr.eqns:
-        operation = _hash(_operation(equation, memo), *map(read, equation.invars))
+        operands = [read(atom) for atom in equation.invars]
+        if equation.primitive.name == "scan":
+            results = _scan_results(equation, operands, memo)
+        else:
+            operation = _hash(_operation(equation, memo), *operands)
+            results = [_hash(operation, number) for number in range(len(equation.outvars))]
         if equation.effects:
-            effects.append(operation)
-        for number, var in enumerate(equation.outvars):
-            names[var] = _hash(operation, number)
-    memo[id(program)] = _hash(*(read(atom) for atom in jaxpr.outvars), b"effects", *effects)
-    return memo[id(program)]
+            effects.append(_hash(*results))
+        names |= zip(equation.outvars, results, strict=True)
+    return [read(atom) for atom in jaxpr.outvars], effects
+
+
+def _scan_results(equation: Any, operands: list[bytes], memo: dict[int, bytes]) -> list[bytes]:
+    """Of each stacked result the digest of what it stacks, whatever its place.
+
+    NumPyro collects the sites of a step in a set: their order is that of Python's hashes.
+    """
+    inner, effects = _results(equation.params["jaxpr"], memo)
+    constants, count = scan_counts(equation)
+    params = {"num_consts": constants, "num_carry": count, **equation.params}
+    settings = [
+        (name, _setting(params[name], memo))
+        for name in ("num_consts", "num_carry", "length", "reverse")
+    ]
+    step = _hash(b"scan", *(x for pair in settings for x in pair), *operands, *inner[:count])
+    step = _hash(step, b"effects", *effects)
+    carried = [_hash(step, number) for number in range(count)]
+    return [*carried, *(_hash(step, b"stacked", one) for one in inner[count:])]
 
 
 def _operation(equation: Any, memo: dict[int, bytes]) -> bytes:
@@ -150,8 +177,8 @@ def _function(value: Any, memo: dict[int, bytes]) -> bytes:
     elif isinstance(value, FunctionType) and value.__module__.partition(".")[0] == _OURS:
         # How it is written may change from release to release, and with that no number.
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        parts = (value.__qualname__, value.__defaults__, value.__kwdefaults__, cells)
-        found = _hash(b"function of ours", *map(each, parts))
+        held = (value.__qualname__, value.__defaults__, value.__kwdefaults__, cells)
+        found = _hash(b"function of ours", *map(each, held))
     elif isinstance(value, CodeType):
         found = _hash(value.co_code, str(value.co_names), each(value.co_consts))
     else:
