@@ -46,6 +46,7 @@ def modules():
     return sorted(m.name for m in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", modules())
 def test_examples_in_docstrings(name):
     # By name from sys.modules: an attribute of the package may be a function of that name.
@@ -55,11 +56,12 @@ def test_examples_in_docstrings(name):
 
 
 def test_some_docstrings_have_examples():
-    importlib.import_module("xr_aimz.fit")
+    importlib.import_module("xr_aimz.fits.fitting")
     finder = doctest.DocTestFinder()
-    assert any(test.examples for test in finder.find(sys.modules["xr_aimz.fit"]))
+    assert any(test.examples for test in finder.find(sys.modules["xr_aimz.fits.fitting"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["concepts", "effects"])
 def test_examples_in_pages(page):
     failed, attempted = doctest.testfile(

@@ -52,7 +52,7 @@ def test_what_modules_import_at_once_is_required():
     names = packages_distributions()
     allowed = {r.name for r in HARD} | {"xr_aimz"}
     for path in sorted((ROOT / "xr_aimz").rglob("*.py")):
-        if path.stem in ("demo", "plot", "mlflow") or path.parent.name in ("tracking", "flavour"):
+        if path.stem == "demo" or path.parent.name == "mlflow":
             continue
         for package in top_level_imports(path) - set(sys.stdlib_module_names):
             assert allowed & set(names.get(package, [package])), f"{path.name} imports {package}"

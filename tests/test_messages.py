@@ -416,7 +416,7 @@ def test_labels_that_the_fit_never_saw(grid, local, armed):
 def test_labels_on_one_side_only(grid, local):
     refusal(
         lambda: grid.drop_vars("lat").aimz.predict(local),
-        errors.DimensionError,
+        errors.LabelError,
         ValueError,
         "'level'",
         "'lat'",

@@ -32,6 +32,8 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     # tqdm says in a kernel without ipywidgets that it draws its bars as text.
     monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
+    # As a reader runs it, who lets XLA optimize.
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
     notebook, code = read(path)
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}

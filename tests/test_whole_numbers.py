@@ -10,7 +10,7 @@ import xarray as xr
 from strategies import assert_same
 
 from xr_aimz.errors import OptionError
-from xr_aimz.whole_numbers import parse_count, parse_seed
+from xr_aimz.options import parse_count, parse_seed
 
 THREES = [3, np.int64(3), np.uint8(3), np.array(3), jnp.int32(3)]
 NONE = [None, 3.0, "3", True, np.bool_(True), np.array([3]), jax.random.key(3), 1 + 0j]

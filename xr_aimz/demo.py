@@ -1,11 +1,11 @@
-"""The main job on a real grid: ``python -m xr_aimz.demo [folder]``.
+"""Run the main workflow on a real grid: ``python -m xr_aimz.demo [folder]``.
 
 Two hundred and forty years of annual temperature over North America, as a climate model
 simulated them under scenario A1B (UK Met Office, in the package ``iris-sample-data``). A
 partially pooled warming trend is fitted in every cell of the 37 x 49 grid, predicted
-from a chunked Dataset to Zarr, reopened, summarized and drawn. The trends are compared
-with ordinary least squares, which is what they ought to agree with here: 240 years say
-more about a cell than its neighbours do.
+from a chunked Dataset to Zarr, reopened, summarized and plotted. The trends are compared
+with ordinary least squares, with which they should agree here: 240 years of data in a
+cell are more informative than its neighbours.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from numpyro.infer import init_to_median
 
 import xr_aimz
 
-__all__ = ["load", "main", "ordinary_least_squares", "warming"]
-
 
 def load() -> xr.Dataset:
-    """The A1B temperatures ``tas(time, lat, lon)`` in K above the mean of 1961-1990.
+    """Load the A1B temperatures ``tas(time, lat, lon)`` in K above the mean of 1961-1990.
 
     Returns
     -------
@@ -40,15 +38,15 @@ def load() -> xr.Dataset:
         ds = raw[["air_temperature"]].load()
     ds = ds.rename(air_temperature="tas", latitude="lat", longitude="lon")
     ds = ds.drop_vars([name for name in ds.coords if name not in ds.dims])
-    usual = ds.tas.sel(time=slice("1961", "1990")).mean("time")
+    baseline = ds.tas.sel(time=slice("1961", "1990")).mean("time")
     attrs = {"units": "K", "long_name": "temperature above the mean of 1961-1990"}
     year = ds.time.dt.decimal_year
     decade = ((year - year.mean()) / 10).assign_attrs(long_name="decades since mid-record")
-    return ds.assign(tas=(ds.tas - usual).assign_attrs(attrs)).assign_coords(decade=decade)
+    return ds.assign(tas=(ds.tas - baseline).assign_attrs(attrs)).assign_coords(decade=decade)
 
 
 def warming(decade, tas=None):  # type: ignore[no-untyped-def] # as a reader would write it
-    """A trend in every cell: intercept, slope and noise, each partially pooled."""
+    """Model a trend in every cell: intercept, slope and noise, each partially pooled."""
     mean_level = numpyro.sample("mean_level", dist.Normal(0, 5))
     mean_slope = numpyro.sample("mean_slope", dist.Normal(0, 1))
     mean_noise = numpyro.sample("mean_noise", dist.Normal(0, 1))
@@ -64,7 +62,7 @@ def warming(decade, tas=None):  # type: ignore[no-untyped-def] # as a reader wou
 
 
 def ordinary_least_squares(ds: xr.Dataset) -> xr.Dataset:
-    """Slope and its standard error in each cell, by the textbook's formulas."""
+    """Compute the OLS slope and its standard error in each cell, in K per decade."""
     x = ds.decade - ds.decade.mean("time")
     y = ds.tas - ds.tas.mean("time")
     squares = (x**2).sum("time")
@@ -74,7 +72,7 @@ def ordinary_least_squares(ds: xr.Dataset) -> xr.Dataset:
 
 
 def draw_map(slope: xr.DataArray, path: Path) -> None:
-    """The mean trend and its posterior sd, side by side."""
+    """Plot the mean trend and its posterior sd over ``(lat, lon)``, side by side, to a file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,14 +89,14 @@ def draw_map(slope: xr.DataArray, path: Path) -> None:
 
 
 def agreement(slope: xr.DataArray, ols: xr.Dataset) -> tuple[float, float]:
-    """The share of cells whose OLS slope is within a posterior sd, and sd / OLS error."""
+    """Compute the share of cells with the OLS slope within a posterior sd, and sd / OLS error."""
     mean, sd = slope.mean(("chain", "draw")), slope.std(("chain", "draw"))
     within = abs(mean - ols.slope) <= sd
     return float(within.mean()), float((sd / ols.error).median())
 
 
 def coverage(pred: xr.Dataset, ds: xr.Dataset) -> float:
-    """The share of the last thirty years that the 90 % predictive interval covers."""
+    """Compute the share of the last thirty years that the 90 % predictive interval covers."""
     recent = pred.tas.isel(time=slice(-30, None)).chunk(chain=-1, draw=-1)
     low, high = recent.quantile([0.05, 0.95], ("chain", "draw"))
     truth = ds.tas.isel(time=slice(-30, None))
@@ -106,7 +104,7 @@ def coverage(pred: xr.Dataset, ds: xr.Dataset) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Fit, predict, store, reopen, summarize, draw, and print the figures."""
+    """Fit, predict, store, reopen, summarize, plot, and print the figures."""
     parser = argparse.ArgumentParser(prog="python -m xr_aimz.demo", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("xr_aimz_demo"))
     folder = parser.parse_args(arguments).folder

@@ -1,14 +1,16 @@
-"""The errors of xr_aimz, one class for each thing the caller would do about it.
+"""Error and warning classes, one for each remedy, and suggestions for misspelled names.
 
-Every class is also a standard one (``ValueError``, ``KeyError`` ...), so code that
-knows nothing of this package can catch it. A message names what does not hold, what
-was found and what would work.
+Each error class also derives from a standard exception.
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
 import sys
 import warnings
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 __all__ = [
     "AimzError",
@@ -41,16 +43,17 @@ __all__ = [
     "warn",
 ]
 
-# Frames of these are no caller's: a context of ours is left by way of contextlib.
-_OURS = (os.path.dirname(__file__) + os.sep, contextlib.__file__)
+# Frames of these files are not the caller's; contextlib is on the stack when a context manager
+# of this package exits.
+_INTERNAL_FILES = (os.path.dirname(__file__) + os.sep, contextlib.__file__)
 
 
 class AimzError(Exception):
-    """Anything that xr_aimz refuses."""
+    """Base class of all errors that xr_aimz raises."""
 
 
 class MissingVariableError(AimzError, KeyError):
-    """A name is not in the Dataset: add or rename the variable."""
+    """A variable is not in the Dataset: add or rename it."""
 
     def __str__(self) -> str:
         # KeyError shows the repr of its argument, which would quote a whole sentence.
@@ -62,11 +65,11 @@ class MissingValueError(AimzError, ValueError):
 
 
 class MemoryLimitError(AimzError, MemoryError):
-    """What would be loaded does not fit in memory: take it in batches, or take less."""
+    """Arrays to load do not fit in memory: load them in batches, or load less."""
 
 
 class BindingError(AimzError, ValueError):
-    """An argument and a variable do not fit together: change ``variables=``."""
+    """An argument and a variable do not match: change ``variables=``."""
 
 
 class DimensionError(AimzError, ValueError):
@@ -78,55 +81,55 @@ class LabelError(AimzError, ValueError):
 
 
 class ChunkError(AimzError, ValueError):
-    """A dimension is chunked where it must be whole: rechunk the Dataset."""
+    """A dimension has several chunks where it must have a single one: rechunk the Dataset."""
 
 
 class BlockSizeError(AimzError, MemoryError):
-    """The least that a task must hold is more than it may: allow more, or ask for less."""
+    """The smallest possible block exceeds a limit on bytes: raise the limit, or request less."""
 
 
 class UnitsError(AimzError, ValueError):
-    """Units differ from those of the fit: convert the variable."""
+    """Units of a variable differ from those at the fit: convert the variable."""
 
 
 class DtypeError(AimzError, TypeError):
-    """A variable's dtype has no place in a model: convert the variable."""
+    """A variable's dtype is not accepted by a model: convert the variable."""
 
 
 class SupportError(AimzError, ValueError):
-    """An outcome has values that its distribution cannot take: correct them, or change it."""
+    """An outcome has values outside the support of its distribution: correct or change it."""
 
 
 class IndexRangeError(AimzError, IndexError):
-    """A value is no position on the axis that it indexes: leave it out, or fit with it."""
+    """A value is not a valid position on the axis that it indexes: drop it, or fit with it."""
 
 
 class InterventionError(AimzError, ValueError):
-    """An intervention cannot be made, or cannot act: change ``do=``."""
+    """An intervention cannot be made, or has no effect: change ``do=``."""
 
 
 class ModelError(AimzError, ValueError):
-    """The model itself cannot be used like this: change the model."""
+    """A model cannot be used in this way: change the model."""
 
 
 class OptionError(AimzError, TypeError):
-    """An option does not exist, or is not one that this method takes: change the call."""
+    """An option does not exist, or this method does not take it: change the call."""
 
 
 class RandomnessError(AimzError, NotImplementedError):
-    """A site cannot be drawn by label: change its distribution."""
+    """A site cannot be sampled by label: change its distribution."""
 
 
 class StoreError(AimzError, FileExistsError):
-    """The store cannot be written as asked: choose another path or mode."""
+    """A store cannot be written with this path and mode: choose another path or mode."""
 
 
 class DamagedStoreError(AimzError, ValueError):
-    """A store is not as it was written, or holds what no fit does: take another copy."""
+    """A store is not as it was written, or has contents that no fit has: use another copy."""
 
 
 class StoreKindError(DamagedStoreError):
-    """A store is of another kind than is read here: open it by what it was made for."""
+    """A store is of another kind than the function reads: use the function for its kind."""
 
 
 class IncompleteStoreError(AimzError, FileNotFoundError):
@@ -134,32 +137,88 @@ class IncompleteStoreError(AimzError, FileNotFoundError):
 
 
 class SpaceError(AimzError, OSError):
-    """The disk has less space than the results need: write less, or elsewhere."""
+    """A disk has less space than the results need: write less, or to another disk."""
 
 
 class WriteError(AimzError, OSError):
-    """Writing failed on the way: mend the cause and call again; what is written stays."""
+    """A write failed midway: remove the cause and call again; written blocks stay."""
 
 
 class MissingExtraError(AimzError, ModuleNotFoundError):
-    """A package that only some need is not installed: install the extra."""
+    """An optional package is not installed: install the extra."""
 
 
 class ConvergenceWarning(UserWarning):
-    """A fit's own diagnostics say that it should not be trusted."""
+    """Diagnostics of a fit indicate that it should not be trusted."""
 
 
 class TrackingWarning(UserWarning):
-    """A fit is whole, and what a tracking server has of it is not: log it again."""
+    """A fit is complete, but its record on a tracking server is not: log it again."""
 
 
 class ResumeWarning(UserWarning):
-    """A write that is cut short could not be taken up by another process."""
+    """A write, if interrupted, could not be resumed by another process."""
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn at the line that called this package, by whichever of its functions."""
+    """Issue a warning at the line that called into this package, through any function."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL_FILES):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+# difflib's own cutoff: of four letters one may differ, or two may be swapped.
+_CUTOFF = 0.6
+
+
+def find_closest(name: str, names: Iterable[str], cutoff: float = _CUTOFF) -> str | None:
+    """
+    Find the existing name that a misspelled name most likely means.
+
+    Parameters
+    ----------
+    name : str
+    names : iterable of str
+        The existing names.
+    cutoff : float
+        The least similarity, from 0 to 1; case is ignored.
+
+    Returns
+    -------
+    str or None
+        None if no name is similar enough.
+    """
+    folded: dict[str, str] = {}
+    for existing in names:
+        folded.setdefault(existing.casefold(), existing)
+    matches = get_close_matches(name.casefold(), folded, n=1, cutoff=cutoff)
+    return folded[matches[0]] if matches else None
+
+
+def list_names(names: Iterable[object], unknown: str | Iterable[object] = ()) -> str:
+    """
+    List existing names for an error message, with suggestions for unknown ones.
+
+    Parameters
+    ----------
+    names : iterable
+        The existing names, in the order in which to list them.
+    unknown : str or iterable
+        Names that do not exist. An object that is not a string has no suggestion.
+
+    Returns
+    -------
+    str
+        ``['co2', 'tas'] (did you mean 'co2' by 'co_2'?)``
+    """
+    return f"{list(map(str, names))!r}{suggest(names, unknown)}"
+
+
+def suggest(names: Iterable[object], unknown: str | Iterable[object]) -> str:
+    """Suggest existing names: `` (did you mean 'co2' by 'co_2'?)``, or an empty string."""
+    existing = [str(n) for n in names]
+    misspelled = [unknown] if isinstance(unknown, str) else unknown
+    closest = {n: find_closest(n, existing) for n in misspelled if isinstance(n, str)}
+    pairs = ", ".join(f"{right!r} by {name!r}" for name, right in closest.items() if right)
+    return f" (did you mean {pairs}?)" if pairs else ""

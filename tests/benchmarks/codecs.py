@@ -27,7 +27,7 @@ import xarray as xr
 from zarr.codecs import BloscCodec
 
 import xr_aimz  # noqa: F401
-from xr_aimz import template
+from xr_aimz.storage import blocks
 
 OBSERVATIONS, DRAWS, RUNS = 100_000, 400, 5
 CODECS = {
@@ -56,7 +56,7 @@ def draws() -> xr.Dataset:
 
 
 def write(ds: xr.Dataset, codec: tuple, precision: int | None, folder: Path) -> tuple[float, int]:
-    template.CODECS = codec
+    blocks.CODECS = codec
     path = folder / "out.zarr"
     start = time.perf_counter()
     ds.aimz.to_zarr(path, precision=precision, progress=False)
@@ -81,7 +81,7 @@ def checksum(runs: int) -> None:
     """The cost of the last codec, as ratios of neighbouring runs."""
     lazy = prediction()
     ds = draws()
-    kinds: dict[str, tuple] = {"with": template.CHECKED, "without": template.CODECS}
+    kinds: dict[str, tuple] = {"with": blocks.CHECKED, "without": blocks.CODECS}
     found: dict[str, list[dict[str, tuple[float, float]]]] = {
         "write": [],
         "predict and write": [],
@@ -89,7 +89,7 @@ def checksum(runs: int) -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         for name, codec in kinds.items():
-            template.CODECS = codec
+            blocks.CODECS = codec
             ds.aimz.to_zarr(Path(folder) / name, progress=False)
             write(lazy, codec, None, Path(folder))
         for number in range(runs):

@@ -92,9 +92,9 @@ def one(name: str) -> None:
     import xarray as xr
 
     import xr_aimz
-    from xr_aimz import guard
-    from xr_aimz.inputs import gather
-    from xr_aimz.kernel import Program
+    from xr_aimz.binding.alignment import align as gather
+    from xr_aimz.kernel import coupling as guard
+    from xr_aimz.kernel.program import KernelSpec as Program
 
     rng = np.random.default_rng(0)
     dims, shape = ("time", "lat"), (40, 6)

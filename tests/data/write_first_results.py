@@ -18,7 +18,7 @@ import xarray as xr
 from dask.callbacks import Callback
 
 import xr_aimz
-from xr_aimz import tiles
+from xr_aimz.inference import per_cell_program
 
 HERE = Path(__file__).parent
 
@@ -60,7 +60,7 @@ with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         results.chunk(t=1).aimz.to_zarr(folder / "torn.zarr", progress=False)
     with xr_aimz.set_options(block_bytes=1):
         cells.aimz.fit(line, store=folder / "cells.zarr", **options)
-        run, done = tiles.Tiles.run, []
+        run, done = per_cell_program.TileProgram.run, []
 
         def cut(*args):
             done.append(True)
@@ -68,7 +68,7 @@ with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
                 raise KeyboardInterrupt
             return run(*args)
 
-        tiles.Tiles.run = cut
+        per_cell_program.TileProgram.run = cut
         with suppress(KeyboardInterrupt):
             cells.aimz.fit(line, store=folder / "torn_cells.zarr", **options)
     shutil.make_archive(str(HERE / "results-1"), "zip", folder)

@@ -1,1 +1,0 @@
-"""How a fit is made: one module for each way of turning data into draws."""

@@ -1,0 +1,538 @@
+"""Plan the chunks of a prediction, and build its graph: one dask task for each block.
+
+The graph has one task for each block of the Dataset and each run of draws. It calls one compiled
+program and gives a dict of arrays, from which each site's own dask array takes its block. Blocks
+at a ragged edge are padded to the size of the others, so that one program serves all. A task
+slices its part of each array itself: a dask task for every slice took longer than the draws of a
+small block (docs/decisions/block-size.md).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, product
+from math import prod
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from dask._task_spec import DataNode, TaskRef
+from dask._task_spec import Task as GraphTask
+from dask.highlevelgraph import HighLevelGraph
+
+from xr_aimz.binding import (
+    AlignedInputs,
+    Binding,
+    BlockValues,
+    Requirement,
+    as_jax_array,
+    block_of,
+    check_values,
+)
+from xr_aimz.errors import BlockSizeError
+from xr_aimz.kernel import Kernel, KernelSpec, run_draws
+from xr_aimz.random import hash_labels
+from xr_aimz.storage import identify, name_by_content
+
+# A block of fewer cells spends its time on task overhead; the draws are cut before that.
+_LEAST_CELLS = 1024
+# A task holds its outputs many times over: XLA's buffers, the arrays cut from them, the chunk
+# being encoded, the bytes to write. Outputs of an eighth also stay well under the 32 MiB above
+# which glibc maps fresh pages for every buffer; those page faults took as long as the draws
+# themselves (docs/decisions/block-size.md).
+_COPIES = 8
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Chunks of each observation dimension, and of ``chain`` and ``draw``."""
+
+    chunks: Mapping[str, tuple[int, ...]]
+    chain: tuple[int, ...]
+    draw: tuple[int, ...]
+
+    def largest(self, dim: str) -> int:
+        """Return the size of the largest chunk along a dim."""
+        return max(self.chunks[dim])
+
+
+def plan_chunks(
+    binding: Binding,
+    inputs: AlignedInputs,
+    shape: tuple[int, int],
+    bytes_per_draw: int,
+    limit: int,
+) -> ChunkPlan:
+    """Plan the chunks of a prediction of ``shape`` (chain, draw) draws.
+
+    Parameters
+    ----------
+    binding : Binding
+    inputs : AlignedInputs
+    shape : tuple of int
+        The number of chains and of draws a chain.
+    bytes_per_draw : int
+        Size of one draw of all outputs over the whole Dataset.
+    limit : int
+        The most bytes that a task may hold.
+    """
+    limit = max(limit // _COPIES, 1)
+    sizes = {d: inputs.sizes[d] for d in binding.block_dims}
+    per_cell = max(bytes_per_draw / max(prod(sizes.values()), 1), 1e-9)
+    if inputs.chunks:
+        chunks = {d: inputs.chunks.get(d, (n,)) for d, n in sizes.items()}
+    else:
+        cells = max(int(limit / (per_cell * prod(shape))), _LEAST_CELLS)
+        chunks = _cut_cells(sizes, binding.whole_dims, cells)
+    block = prod(max(c) for c in chunks.values()) * per_cell
+    chain, draw = _cut_draws(shape, max(int(limit / block), 1))
+    return ChunkPlan(chunks, chain, draw)
+
+
+def plan_chunks_all_draws(
+    binding: Binding,
+    inputs: AlignedInputs,
+    shape: tuple[int, int],
+    bytes_per_draw: int,
+    limit: int,
+) -> ChunkPlan:
+    """Plan blocks that have all draws of their cells: cells are cut, draws never.
+
+    Parameters
+    ----------
+    binding, inputs, shape, bytes_per_draw, limit
+        As in :func:`plan_chunks`.
+
+    Raises
+    ------
+    BlockSizeError
+        The draws of one cell, or of one whole length of a core dim, are over the limit.
+    """
+    sizes = {d: inputs.sizes[d] for d in binding.block_dims}
+    per_cell = max(bytes_per_draw / max(prod(sizes.values()), 1), 1e-9) * prod(shape)
+    uncut = {d: inputs.chunks.get(d, (n,)) for d, n in sizes.items()}
+    chunks = split_chunks(uncut, binding.whole_dims, int(limit / _COPIES / per_cell))
+    lengths = {d: max(c) for d, c in chunks.items()}
+    n_bytes = prod(lengths.values()) * per_cell
+    if n_bytes > limit:
+        uncut_dims = f"core_dim={binding.core_dims!r}"
+        if read_dims := [d for d in binding.whole_dims if d not in binding.core_dims]:
+            uncut_dims += f" and {read_dims!r}, along which the model reads values,"
+        raise BlockSizeError(
+            f"a summary needs all draws of a cell in one task: {shape[0]} chains x {shape[1]} "
+            f"draws of a block of {lengths!r}, the smallest with {uncut_dims} whole, "
+            f"weigh {n_bytes:.3g} bytes, and block_bytes is {limit}; take fewer draws, "
+            f"draws=..., or allow more, xr_aimz.set_options(block_bytes={_COPIES * int(n_bytes)})"
+        )
+    return ChunkPlan(chunks, (shape[0],), (shape[1],))
+
+
+def split_chunks(
+    chunks: Mapping[str, tuple[int, ...]], core: Iterable[str], cells: int
+) -> dict[str, tuple[int, ...]]:
+    """Cut each chunk evenly, so that no block has more than ``cells`` cells."""
+    lengths = {d: max(c) for d, c in chunks.items()}
+    max_sizes = {d: max(c) for d, c in _cut_cells(lengths, tuple(core), max(cells, 1)).items()}
+    return {
+        d: tuple(n for c in sizes for n in _split_evenly(c, max_sizes[d]))
+        for d, sizes in chunks.items()
+    }
+
+
+def _cut_cells(
+    sizes: Mapping[str, int], core: Iterable[str], cells: int
+) -> dict[str, tuple[int, ...]]:
+    """Cut dims into equal chunks of at most ``cells`` cells, leading dims first, as dask does."""
+    lengths = dict(sizes)
+    for dim in (d for d in sizes if d not in core):
+        other_cells = prod(n for d, n in lengths.items() if d != dim)
+        lengths[dim] = max(1, min(lengths[dim], cells // max(other_cells, 1)))
+        if prod(lengths.values()) <= cells:
+            break
+    return {d: _split_evenly(n, lengths[d]) for d, n in sizes.items()}
+
+
+def _split_evenly(length: int, max_size: int) -> tuple[int, ...]:
+    """Split a length into chunks of at most ``max_size``, as equal as possible, to pad little."""
+    n_chunks = -(-length // max_size)
+    size = -(-length // n_chunks)
+    return tuple(min(size, length - start) for start in range(0, length, size))
+
+
+def _cut_draws(shape: tuple[int, int], max_draws: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    chains, draws = shape
+    if max_draws >= chains:
+        return (chains,), _split_draws(draws, min(max_draws // chains, draws))
+    return (1,) * chains, _split_draws(draws, min(max_draws, draws))
+
+
+def _split_draws(draws: int, max_draws: int) -> tuple[int, ...]:
+    """Split draws into runs of at most ``max_draws``, all equal if that takes few more runs."""
+    # Each length of run is a program to compile; a length with divisors maps evenly.
+    min_runs = -(-draws // max_draws)
+    for n_runs in range(min_runs, 2 * min_runs + 1):
+        length = draws // n_runs
+        if draws % n_runs == 0 and (length < 8 or any(length % n == 0 for n in range(8, 17))):
+            return (length,) * n_runs
+    return _split_evenly(draws, max_draws)
+
+
+KINDS = ("keys", "words", "array", "latent", "labels")
+Dims = tuple[str | None, ...]
+_TITLES = {
+    "keys": "the seed, or the labels of chains and draws",
+    "words": "the labels of {!r}",
+    "array": "the values of {!r}",
+    "latent": "the draws of {!r}",
+    "labels": "the coordinate {!r}",
+}
+# Dims of the keys: the last axes, sites and the two words of a key, are no dims of a block.
+_KEYS: Dims = ("chain", "draw", None, None)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockInput:
+    """Dask array of which each block takes a part.
+
+    Parameters
+    ----------
+    kind : {"keys", "words", "array", "latent", "labels"}
+    name : str
+        Name among its kind: a source key, a site, or the dim of the words or labels.
+    dims : tuple of str or None
+        None for an axis that every block has in full, whatever a Dataset's dims are called.
+    array : dask.array.Array
+    pieces : tuple of tuple of (int, slice)
+        For each dim, and each block along it: the chunk, and the slice within that chunk.
+    """
+
+    kind: str
+    name: str
+    dims: Dims
+    array: da.Array
+    pieces: tuple[tuple[tuple[int, slice], ...], ...]
+
+    @property
+    def title(self) -> str:
+        """Description for messages."""
+        return _TITLES[self.kind].format(self.name)
+
+    def part(self, at: Mapping[str, int]) -> tuple[tuple[Any, ...], tuple[slice, ...]]:
+        """Return the dask key of the chunk that a block needs, and the slices to take of it."""
+        axes = zip(self.dims, self.pieces, strict=True)
+        locations = [pieces[0 if dim is None else at.get(dim, 0)] for dim, pieces in axes]
+        return (self.array.name, *(i for i, _ in locations)), tuple(part for _, part in locations)
+
+
+def block_inputs(
+    inputs: AlignedInputs,
+    latents: Mapping[str, xr.DataArray],
+    site_keys: np.ndarray,
+    cut_dims: tuple[str, ...],
+    chunks: Mapping[str, tuple[int, ...]],
+    labelled: Iterable[str] = (),
+) -> list[BlockInput]:
+    """Make the inputs of blocks; lazy arrays stay lazy.
+
+    Parameters
+    ----------
+    inputs : AlignedInputs
+    latents : mapping of site to DataArray ``(chain, draw, ...)``
+    site_keys : array of uint32 ``(chain, draw, site, 2)``
+    cut_dims : tuple of str
+        The dims whose words, hashes of labels, a block needs.
+    chunks : mapping of dim to tuple of int
+        Chunks of the blocks, along chain and draw too.
+    labelled : iterable of str
+        The dims whose labels, or positions where there are none, a block needs as well.
+    """
+    sources: list[tuple[str, str, Dims, Any]] = [("keys", "", _KEYS, site_keys)]
+    sources += [("words", d, (d, None), _make_words(d, inputs, chunks[d])) for d in cut_dims]
+    for kind, arrays in (("array", inputs.arrays), ("latent", latents)):
+        sources += [(kind, n, tuple(map(str, a.dims)), a.data) for n, a in arrays.items()]
+    sources += [("labels", d, (d,), _collect_labels(d, inputs, chunks)) for d in labelled]
+    return [_make_block_input(*source, chunks) for source in sources]
+
+
+def _make_block_input(
+    kind: str, name: str, dims: Dims, array: Any, chunks: Mapping[str, tuple[int, ...]]
+) -> BlockInput:
+    block_chunks = tuple(
+        (n,) if d is None else chunks.get(d, (n,)) for d, n in zip(dims, array.shape, strict=True)
+    )
+    if not isinstance(array, da.Array):
+        array = np.asarray(array)
+        array = da.from_array(
+            array, block_chunks, name=name_by_content("input", array, block_chunks)
+        )
+    elif not all(map(_lies_in_chunks, block_chunks, array.chunks)):
+        array = array.rechunk(block_chunks)
+    locations = tuple(
+        tuple(_locate_blocks(*chunk_pair))
+        for chunk_pair in zip(block_chunks, array.chunks, strict=True)
+    )
+    return BlockInput(kind, name, dims, array, locations)
+
+
+def _lies_in_chunks(block_chunks: tuple[int, ...], chunks: tuple[int, ...]) -> bool:
+    """Return whether every block lies in one chunk."""
+    return set(accumulate(chunks)) <= set(accumulate(block_chunks))
+
+
+def _locate_blocks(
+    block_chunks: tuple[int, ...], chunks: tuple[int, ...]
+) -> Iterator[tuple[int, slice]]:
+    starts = tuple(accumulate((0, *chunks[:-1])))
+    for start, length in zip(accumulate((0, *block_chunks[:-1])), block_chunks, strict=True):
+        chunk = bisect_right(starts, start) - 1
+        offset = start - starts[chunk]
+        yield chunk, slice(offset, offset + length)
+
+
+def _collect_labels(dim: str, inputs: AlignedInputs, chunks: Mapping[str, tuple[int, ...]]) -> Any:
+    if dim in inputs.labels:
+        return xr.IndexVariable(dim, inputs.labels[dim]).values
+    size = inputs.sizes[dim]
+    return da.arange(size, chunks=(chunks.get(dim, (size,)),))
+
+
+def _make_words(dim: str, inputs: AlignedInputs, chunks: tuple[int, ...]) -> Any:
+    labels = inputs.labels.get(dim)
+    if labels is not None:
+        return hash_labels(dim, labels, size=inputs.sizes[dim])
+    # Without labels, positions are labels; each task makes its own, for there may be very many.
+    name = name_by_content("words", dim, chunks)
+    starts = accumulate((0, *chunks[:-1]))
+    graph: dict[Any, Any] = {
+        (name, i, 0): GraphTask((name, i, 0), _position_words, dim, start, length)
+        for i, (start, length) in enumerate(zip(starts, chunks, strict=True))
+    }
+    layer = HighLevelGraph.from_collections(name, graph)
+    return da.Array(layer, name, (chunks, (2,)), meta=np.empty((0, 0), np.uint32))
+
+
+def _position_words(dim: str, start: int, length: int) -> np.ndarray:
+    return hash_labels(dim, np.arange(start, start + length))
+
+
+Factory = Callable[[KernelSpec, Mapping[str, int]], Kernel]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTask:
+    """Static data that all tasks of a graph share.
+
+    Parameters
+    ----------
+    name : str
+        The fingerprint under which the compiled program is kept.
+    identity : str
+        The token of the fit: which draws of the latents and values of params these are.
+    factory : callable
+        Maker of the kernel: :func:`xr_aimz.kernel.program.predictive` or ``log_likelihood``.
+    program : KernelSpec
+    params : mapping
+    padded_sizes : mapping of dim to int
+        The size to which a block is padded.
+    sizes : mapping of dim to int
+        Sizes of the dimensions that are never cut.
+    postprocess : callable
+        Function of the sites' draws ``(chain, draw, *dims)``, applied before they leave a task.
+    origins : mapping of str to str
+        Digests of the sources of the results, by a description of each: the differences that may
+        be reported between two results.
+    requirements : tuple of Requirement
+        Conditions that the values of lazy arrays must satisfy.
+    unlabelled : frozenset of str
+        The dims without a coordinate.
+    """
+
+    name: str
+    identity: str
+    factory: Factory
+    program: KernelSpec
+    params: Mapping[str, Any]
+    padded_sizes: Mapping[str, int]
+    sizes: Mapping[str, int]
+    operands: tuple[tuple[str, str, Dims], ...] = field(default=())
+    postprocess: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
+    origins: Mapping[str, str] = field(default_factory=dict)
+    requirements: tuple[Requirement, ...] = ()
+    unlabelled: frozenset[str] = frozenset()
+
+
+def lazy_arrays(
+    task: BlockTask,
+    plan: ChunkPlan,
+    inputs: AlignedInputs,
+    latents: Mapping[str, xr.DataArray],
+    keys: np.ndarray,
+    outputs: Mapping[str, tuple[tuple[str, ...], Any]],
+) -> dict[str, da.Array]:
+    """Make a dask array for each output of a task.
+
+    Parameters
+    ----------
+    task : BlockTask
+    plan : ChunkPlan
+    inputs : AlignedInputs
+    latents : mapping of site to DataArray ``(chain, draw, ...)``
+    keys : array of uint32 ``(chain, draw, site, 2)``
+        For each draw, the key of each site of ``task.program.random_sites``.
+    outputs : mapping of site to (dims, struct)
+        ``struct`` has the dtype, and the shape along ``dims`` of one whole padded block, less
+        chain and draw.
+    """
+    # Equal tokens mean equal values, in any process: by them dask shares results of two graphs,
+    # and an interrupted write is continued.
+    cut_dims = task.program.binding.block_dims
+    chunks = {"chain": plan.chain, "draw": plan.draw, **plan.chunks}
+    arrays = inputs.arrays
+    labelled = [d for d in inputs.sizes if task.requirements and d in _dims_of(arrays)]
+    operands = block_inputs(inputs, latents, keys, cut_dims, chunks, labelled)
+    digests = {
+        "the draws of the fit": task.identity,
+        "the model, its sites or its options": task.name,
+        "the statistics": identify(task.postprocess).digest,
+    }
+    origins = digests | {o.title: identify(o.dims, o.array).digest for o in operands}
+    token = identify(origins, tuple(chunks.items())).digest
+    full_task = replace(
+        task,
+        operands=tuple((o.kind, o.name, o.dims) for o in operands),
+        unlabelled=frozenset(labelled) - set(inputs.labels),
+        origins=origins,
+    )
+    blocks = _task_layer(full_task, operands, chunks, token)
+    return {
+        site: _select_site(blocks, tuple(chunks), site, dims, struct, f"aimz-{site}-{token}")
+        for site, (dims, struct) in outputs.items()
+    }
+
+
+def _dims_of(arrays: Mapping[str, xr.DataArray]) -> set[str]:
+    return {str(d) for a in arrays.values() for d in a.dims}
+
+
+def _task_layer(
+    task: BlockTask,
+    operands: Sequence[BlockInput],
+    chunks: Mapping[str, tuple[int, ...]],
+    token: str,
+) -> da.Array:
+    """Make an array of dicts, one for each block, from one task each.
+
+    The graph is built explicitly rather than by ``blockwise``, which dask would fuse with the
+    tasks of the inputs: every run of draws would then read and compute its block again.
+    """
+    name, shared = f"aimz-block-{token}", f"aimz-task-{token}"
+    graph: dict[Any, Any] = {shared: DataNode(shared, task)}
+    for indices in product(*(range(len(c)) for c in chunks.values())):
+        at = dict(zip(chunks, indices, strict=True))
+        sources, parts = zip(*(operand.part(at) for operand in operands), strict=True)
+        key = (name, *indices)
+        graph[key] = GraphTask(key, _run_block, TaskRef(shared), parts, *map(TaskRef, sources))
+    arrays = [operand.array for operand in operands]
+    layers = HighLevelGraph.from_collections(name, graph, dependencies=arrays)  # type: ignore[arg-type] # dask's own arrays
+    meta = np.empty((0,) * len(chunks), dtype=object)
+    return da.Array(layers, name, chunks=tuple(chunks.values()), meta=meta)
+
+
+def _select_site(
+    blocks: da.Array,
+    index: tuple[str, ...],
+    site: str,
+    dims: tuple[str, ...],
+    struct: Any,
+    name: str,
+) -> da.Array:
+    # A site without a dim is the same in every block along it: take the first.
+    selection = tuple(slice(None) if d in dims else slice(0, 1) for d in index)
+    site_dims = tuple(d for d in dims if d not in ("chain", "draw"))
+    lengths = dict(zip(site_dims, struct.shape, strict=True))
+    return da.blockwise(
+        _take_site,
+        dims,
+        blocks.blocks[selection],
+        index,
+        site=site,
+        name=name,
+        new_axes={d: n for d, n in lengths.items() if d not in index},
+        concatenate=None,
+        dtype=struct.dtype,
+        meta=np.empty((0,) * len(dims), struct.dtype),
+        align_arrays=False,
+    )
+
+
+def _take_site(block: Any, site: str) -> np.ndarray:
+    # A contracted index arrives as a list of its blocks; there is one.
+    while isinstance(block, list):
+        block = block[0]
+    return block[site]
+
+
+def _run_block(
+    task: BlockTask, parts: tuple[tuple[slice, ...], ...], *sources: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Run one task: slice, check and pad arrays, run the program over draws, cut the padding."""
+    program = task.program
+    lengths: dict[str, int] = {}
+    blocks: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KINDS}
+    padded: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KINDS}
+    for (kind, name, dims), source, part in zip(task.operands, sources, parts, strict=True):
+        blocks[kind][name] = block = source[part]
+        if kind in ("keys", "words"):
+            lengths |= {d: n for d, n in zip(dims, block.shape, strict=True) if d is not None}
+    if task.requirements:
+        values = BlockValues(blocks["array"], program.dims, blocks["labels"], task.unlabelled)
+        check_values(task.requirements, values)
+    for kind, name, dims in task.operands:
+        if kind != "labels":
+            value = blocks[kind][name]
+            value = as_jax_array(name, value) if kind in ("array", "latent") else value
+            padded[kind][name] = _pad_block(value, dims, task.padded_sizes)
+    sizes = {**task.sizes, **task.padded_sizes}
+    shape = (lengths["chain"], lengths["draw"])
+    outputs = run_draws(
+        task.name,
+        lambda: task.factory(program, sizes),
+        block_of(program.binding, sizes),
+        _flatten_draws(program.random_sites, padded["keys"][""], padded["latent"]),
+        {"arrays": padded["array"], "words": padded["words"], "params": task.params},
+    )
+    draws = {
+        site: _cut_padding(value, program.result_dims(site), lengths, shape)
+        for site, value in outputs.items()
+    }
+    return task.postprocess(draws)
+
+
+def _flatten_draws(
+    keyed: Sequence[str], keys: np.ndarray, latents: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Put the keys and latents on one leading axis ``(chain * draw, ...)``."""
+    flat = keys.reshape(-1, *keys.shape[2:])
+    return {
+        "keys": {name: flat[:, i] for i, name in enumerate(keyed)},
+        "latents": {n: v.reshape(len(flat), *v.shape[2:]) for n, v in latents.items()},
+    }
+
+
+def _pad_block(block: np.ndarray, dims: Dims, padded_sizes: Mapping[Any, int]) -> np.ndarray:
+    padding = [padded_sizes.get(d, n) - n for d, n in zip(dims, block.shape, strict=True)]
+    if not any(padding):
+        return block
+    # Repeat the last value: a value of the data, so the model meets no new value.
+    return np.pad(block, [(0, n) for n in padding], mode="edge")
+
+
+def _cut_padding(
+    value: np.ndarray, dims: tuple[str, ...], lengths: Mapping[str, int], shape: tuple[int, int]
+) -> np.ndarray:
+    draws = value.reshape(*shape, *value.shape[1:])
+    selection = tuple(slice(0, lengths.get(d)) for d in dims[: draws.ndim - 2])
+    return draws[(slice(None), slice(None), *selection)]
