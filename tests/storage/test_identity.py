@@ -352,3 +352,18 @@ def test_a_title_stands_for_nothing_that_can_be_looked_at():
     named = [da.from_array(Held(value), chunks=2, name="tas") for value in (1.0, 1.0, 2.0)]
     one, same, other = (identify(array).digest for array in named)
     assert one == same != other
+
+
+def test_a_summary_goes_by_its_draws_and_not_by_their_history():
+    draws = xr.Dataset({"y": (("chain", "draw", "t"), np.arange(24.0).reshape(2, 3, 4))})
+    lazy = draws.chunk(t=2)
+    first, again, other = (
+        identify(ds.aimz.summary("mean").y_mean.variable).digest
+        for ds in (
+            lazy.assign_attrs(history="at noon"),
+            lazy.assign_attrs(history="in the evening"),
+            (draws + 1).chunk(t=2),
+        )
+    )
+    assert first == again
+    assert first != other

@@ -270,8 +270,11 @@ def _align_dim(
         return array, None
     labels = inputs.labels.get(dim)
     positions = match_labels(what, array, dim, labels, inputs.sizes[dim])
-    if positions is None or labels is None:
+    if labels is None:
         return array, None
+    if positions is None:
+        # Selected all the same: stores that were cut short know a lazy array by its graph.
+        positions = np.arange(len(labels))
     value_labels = array.indexes[dim]
     if (positions < 0).all():
         raise LabelError(

@@ -406,6 +406,8 @@ def summary(ds: xr.Dataset, *names: Any, statistics: Any = None) -> xr.Dataset:
             raise DtypeError(f"variable {name!r} has dtype {array.dtype}; a summary takes numbers")
     names_in_result = statistic_names({n: n for n in with_draws}, parsed)
     draws = ds[list(with_draws)].reset_coords(drop=True).drop_vars(_DRAWS, errors="ignore")
+    # The history has the time of day, which no task may hold: equal results have equal names.
+    draws = draws.drop_attrs(deep=False)
     reduced = _map_blocks(draws, parsed) if draws.chunks else _of_block(draws, parsed)
     others = ds.drop_vars(list(with_draws)).drop_dims(_DRAWS, errors="ignore")
     result = with_statistic_attrs(
