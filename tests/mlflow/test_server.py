@@ -139,9 +139,9 @@ def tracking(place):
 @pytest.fixture(scope="module")
 def registered(place, tracking, fit):
     """The URI of the registered model, by its alias."""
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(tracking)
-    try:
+    # By the environment: what mlflow.set_tracking_uri sets would stay for other tests.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", tracking)
         with mlflow.start_run() as run:
             info = xr_aimz.mlflow.log_model(
                 fit,
@@ -152,8 +152,6 @@ def registered(place, tracking, fit):
                 pip_requirements=["xr_aimz"],
             )
         yield "models:/melt@champion", info, run.info.run_id
-    finally:
-        mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")
