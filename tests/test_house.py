@@ -308,6 +308,22 @@ def test_no_module_is_named_like_a_public_function():
     assert not public & {part for module in TREES for part in module.split(".")}
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["_of_block", "_check_event", "_check_start", "_check_whole", "_check_nothing_missing"],
+)
+def test_a_function_in_a_graph_has_a_name_of_its_own(name):
+    # In names of graphs it goes by that alone: see storage/canonical.py.
+    places = [
+        module
+        for module, tree in TREES.items()
+        if folder_of(module) == "prediction"
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name == name
+    ]
+    assert len(places) == 1
+
+
 def pieces_of(module):
     """Six lines of code after each other, less what is blank or a comment, with their place."""
     tree = TREES[module]

@@ -39,6 +39,7 @@ from xr_aimz.tracing import (
     Parameter,
     Site,
     density_inputs,
+    model_name,
     model_parameters,
     observed_inputs,
     trace_sites,
@@ -91,7 +92,7 @@ def bind(
     core = (core_dim,) if isinstance(core_dim, str) else tuple(core_dim or ())
     per_dims = (per,) if isinstance(per, str) else tuple(per or ())
     if data_sites is None:
-        check_outcome_bound(ds, _model_name(model), signature, candidates, constants)
+        check_outcome_bound(ds, model_name(model), signature, candidates, constants)
     _check_per(ds, candidates, per_dims, core, dim)
     make = partial(
         _make_binding, ds, constants=constants, dim=dim, core=core, layout=layout, per=per_dims
@@ -281,7 +282,7 @@ def _agrees(bound: BoundModel, event_ndim: int) -> bool:
 def _check_observed(
     bound: BoundModel, signature: tuple[Parameter, ...], observed: list[Site]
 ) -> None:
-    model = _model_name(bound.model)
+    model = model_name(bound.model)
     if not observed:
         absent = [p.name for p in signature if p.name not in _bound_names(bound)]
         raise ModelError(
@@ -294,10 +295,6 @@ def _check_observed(
             "outcome is an argument whose default is None, def model(X, y=None), so that a "
             "prediction can leave it out"
         )
-
-
-def _model_name(model: Callable) -> str:
-    return getattr(model, "__name__", repr(model))
 
 
 def _bound_names(bound: BoundModel) -> set[str]:

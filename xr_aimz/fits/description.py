@@ -26,6 +26,7 @@ from xr_aimz.binding import (
 )
 from xr_aimz.fits.failures import explain_block_failure
 from xr_aimz.fits.posterior import Fit
+from xr_aimz.tracing import model_name
 
 Rows = Sequence[Sequence[str]]
 
@@ -122,7 +123,7 @@ def describe(
     else:
         names: dict[str, Any] = {"dim": dim, "core_dim": core_dim, "layout": layout, "per": per}
         bound = bind(ds, model_or_fit, variables, **names)
-    name = getattr(bound.model, "__name__", repr(bound.model))
+    name = model_name(bound.model)
     tables = {
         "arguments": _tabulate_arguments(bound),
         "dimensions": _tabulate_dimensions(bound),

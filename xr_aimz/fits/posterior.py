@@ -27,7 +27,7 @@ from xr_aimz.errors import OptionError
 from xr_aimz.fits.diagnostics import summarize
 from xr_aimz.options import parse_count, parse_seed
 from xr_aimz.storage import lazy_name
-from xr_aimz.tracing import Site
+from xr_aimz.tracing import Site, model_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +283,7 @@ class Fit:
         ]
         outcomes = ", ".join(result_name(self.binding, self.sites[n]) for n in self.observed)
         facts = [
-            ("model", getattr(self.model, "__name__", repr(self.model))),
+            ("model", model_name(self.model)),
             ("method", self.method),
             ("draws", f"{sizes.get('chain', 0)} x {sizes.get('draw', 0)} (chain x draw)"),
             ("arguments", "; ".join(bound)),

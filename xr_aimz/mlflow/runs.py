@@ -107,6 +107,7 @@ class TrackingCalls:
         try:
             return call()
         except Exception as error:
+            # A server, a disk or a library may raise any class; the fit is returned all the same.
             self._left -= time.monotonic() - start
             self.failed.append(f"{what}: {_describe_error(error)}")
             return None

@@ -256,9 +256,7 @@ def _make_variable(
 ) -> xr.DataArray:
     """Return one variable on the grid of a group of rows."""
     shape = tuple(len(group.labels[d]) for d in variable.dims)
-    arrays = [
-        _fill_grid(variable, c, values[c][group.rows], shape, group) for c in variable.columns
-    ]
+    arrays = [_fill_grid(variable, values[c][group.rows], shape, group) for c in variable.columns]
     extra_sizes = tuple(len(labels) for labels in variable.extra.values())
     stacked = np.stack(arrays, axis=-1).reshape(shape + extra_sizes)
     coords = {d: list(labels) for d, labels in variable.extra.items()}
@@ -267,7 +265,6 @@ def _make_variable(
 
 def _fill_grid(
     variable: VariableColumns,
-    column: str,
     values: np.ndarray,
     shape: tuple[int, ...],
     group: RowGroup,

@@ -201,7 +201,8 @@ class CanonicalForms:
         code = _code_form(value.__code__)
         settings = self._nested(value, lambda: (value.__defaults__, value.__kwdefaults__))
         if name is not None and name[0] == _PACKAGE:
-            # Its module and its code may change from release to release.
+            # Its module and its code may change from release to release; where it computes
+            # something else it needs another name, which no other function in a graph has.
             return ("function", *name, settings)
         if name is not None:
             return ("function", *name, code, settings)

@@ -169,7 +169,7 @@ def _hash_function(value: Any, memo: dict[int, bytes]) -> bytes:
         digest = _hash(b"method", hasher(value.__func__), hasher(value.__self__))
     elif isinstance(value, FunctionType) and value.__module__.partition(".")[0] == _PACKAGE:
         # The instructions of our own functions may change between releases without a change of
-        # any number, so they are not hashed.
+        # any number, so they are not hashed; a change of a number needs another name.
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         content = (value.__qualname__, value.__defaults__, value.__kwdefaults__, cells)
         digest = _hash(b"function of ours", *map(hasher, content))

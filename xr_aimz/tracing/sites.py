@@ -123,7 +123,7 @@ def model_parameters(model: Callable) -> tuple[Parameter, ...]:
             or parameter.kind is parameter.VAR_POSITIONAL
         ):
             raise ModelError(
-                f"argument {str(parameter)!r} of {_model_name(model)} cannot be passed by name; "
+                f"argument {str(parameter)!r} of {model_name(model)} cannot be passed by name; "
                 "arguments are bound to variables by name, so make it a keyword argument"
             )
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -298,7 +298,8 @@ def _is_observed(message: Mapping[str, Any]) -> bool:
     return bool(message["is_observed"]) and not message["infer"].get("is_auxiliary", False)
 
 
-def _model_name(model: Callable) -> str:
+def model_name(model: Callable) -> str:
+    """Return the name of a model, or its repr where it has none."""
     return getattr(model, "__name__", repr(model))
 
 
