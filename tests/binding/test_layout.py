@@ -9,7 +9,7 @@ import xarray as xr
 
 import xr_aimz
 from xr_aimz.binding.bound import bind
-from xr_aimz.binding.layout import TABLE, dims_in_dataset, shape_in_dataset, shape_in_model
+from xr_aimz.binding.layout import TABLE, shape_in_dataset, shape_in_model
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def ds():
 
 def dims_of(ds, model, **options):
     bound = bind(ds, model, **options)
-    return {name: dims_in_dataset(site, bound.binding) for name, site in bound.sites.items()}
+    return {name: site.dataset_dims for name, site in bound.sites.items()}
 
 
 def observe(y, mean=0.0):
@@ -184,7 +184,7 @@ def test_a_table_is_one_axis_that_unfolds(ds):
     bound = bind(ds, model, layout="table")
     site = bound.sites["a"]
     assert site.dims == (TABLE,)
-    assert dims_in_dataset(site, bound.binding) == ("time", "lat", "lon")
+    assert site.dataset_dims == ("time", "lat", "lon")
     assert shape_in_dataset(site.dims, bound.binding, bound.inputs.sizes, (24,)) == (4, 3, 2)
 
 

@@ -112,7 +112,7 @@ def test_a_fit_comes_back_from_pickle(ds, name, module):
     assert back.token == fit.token
     assert back.options == fit.options
     assert_same(ds.aimz.predict(back, draws=3), ds.aimz.predict(fit, draws=3))
-    if fit.more is not None:
+    if fit.sampler is not None:
         with pytest.raises(OptionError, match=r"was pickled.*load_fit"):
             back.sample(3)
     # What it holds can be kept all the same.

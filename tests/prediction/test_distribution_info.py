@@ -9,6 +9,7 @@ import pytest
 import xarray as xr
 from numpyro.contrib.control_flow import scan
 
+from xr_aimz.binding.layout import assign_variables
 from xr_aimz.binding.spec import Binding
 from xr_aimz.errors import ModelError
 from xr_aimz.kernel.spec import KernelSpec
@@ -136,7 +137,7 @@ def site(name, scanned=False, dims=()):
     ],
 )
 def test_a_value_tells_of_what_it_depends_on(told, given, drawn, free, binding, refused):
-    sites = {"y": site("y", **told), "a": site("a", **drawn)}
+    sites = assign_variables({"y": site("y", **told), "a": site("a", **drawn)}, binding)
     origin = {"y": DistributionInfo(frozenset({"a"}), False, 0)}
     check = [{"y": given}, {"a": free}, origin, sites, binding]
     if refused:

@@ -12,7 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from xr_aimz.binding.labels import check_units, match_labels, new_labels_error, reorder_like
-from xr_aimz.binding.layout import dims_in_dataset, shape_in_dataset
+from xr_aimz.binding.layout import shape_in_dataset
 from xr_aimz.binding.spec import Binding, BoundArgument, VariableRef, find_variable
 from xr_aimz.errors import (
     ChunkError,
@@ -301,14 +301,6 @@ def _drop_data_vars(ds: xr.Dataset) -> xr.Dataset:
     return ds.drop_vars(list(ds.data_vars))
 
 
-def result_name(binding: Binding, site: Site) -> str:
-    """Return a site's name in a Dataset: the variable of its outcome, or the name of the site."""
-    if site.obs_argument is not None:
-        return binding.argument(site.obs_argument).sources[0].name
-    # A slash separates groups of a DataTree and of a Zarr store.
-    return site.name.replace("/", ".")
-
-
 def label_arrays(
     values: Mapping[str, np.ndarray],
     sites: Mapping[str, Site],
@@ -324,8 +316,8 @@ def label_arrays(
         site = sites[name]
         site_dims = site.dims[: value.ndim - n_leading]
         shape = shape_in_dataset(site_dims, binding, inputs.sizes, value.shape[n_leading:])
-        dims = dims_in_dataset(site, binding)[: len(binding.per) + len(shape)]
-        arrays[result_name(binding, site)] = xr.DataArray(
+        dims = site.dataset_dims[: len(binding.per) + len(shape)]
+        arrays[site.variable] = xr.DataArray(
             value.reshape(value.shape[:n_leading] + shape), dims=("chain", "draw", *dims)
         )
     lengths = next(iter(values.values())).shape[:2] if values else (0, 0)
@@ -383,8 +375,8 @@ def select_labels(
     DimensionError, LabelError
         A label is not in the fit, or the entries differ in number and have no labels.
     """
-    dims = ("chain", "draw", *dims_in_dataset(site, binding))
-    array = posterior[result_name(binding, site)].transpose(*dims)
+    dims = ("chain", "draw", *site.dataset_dims)
+    array = posterior[site.variable].transpose(*dims)
     for dim in (d for d in binding.block_dims if d in dims):
         labels = inputs.labels.get(dim)
         what = f"latent site {site.name!r}"

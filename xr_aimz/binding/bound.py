@@ -15,9 +15,16 @@ from typing import Any
 
 import xarray as xr
 
-from xr_aimz.binding.alignment import AlignedInputs, align, result_name
+from xr_aimz.binding.alignment import AlignedInputs, align
 from xr_aimz.binding.concrete import find_concrete, resize_values, with_concrete_values
-from xr_aimz.binding.layout import arrange, assign_dims, assign_lengths, block_of, probe_sizes
+from xr_aimz.binding.layout import (
+    arrange,
+    assign_dims,
+    assign_lengths,
+    assign_variables,
+    block_of,
+    probe_sizes,
+)
 from xr_aimz.binding.outcomes import check_observed_values, check_outcome_bound, make_structs
 from xr_aimz.binding.spec import (
     LAYOUTS,
@@ -348,7 +355,8 @@ def _name_axes(bound: BoundModel) -> BoundModel:
         and inputs.sizes[d] == n
     }
     binding = replace(binding, labels={**binding.labels, **labels})
-    return replace(bound, binding=binding, sites={s.name: s for s in sites})
+    named = assign_variables({s.name: s for s in sites}, binding)
+    return replace(bound, binding=binding, sites=named)
 
 
 def _trace_at(
@@ -369,7 +377,7 @@ def _check_names(bound: BoundModel) -> None:
     """Check that no two sites have the same name in a result: one would replace the other."""
     site_of: dict[str, str] = {}
     for site in bound.sites.values():
-        name = result_name(bound.binding, site)
+        name = site.variable
         if name in site_of and site.kind != "param":
             raise ModelError(
                 f"sites {site_of[name]!r} and {site.name!r} would both be called {name!r} in a "

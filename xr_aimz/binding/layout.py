@@ -277,13 +277,22 @@ def _make_distinct(site: Site, dims: list[str | None]) -> tuple[str | None, ...]
     return tuple(result)
 
 
-def dims_in_dataset(site: Site, binding: Binding) -> tuple[str, ...]:
-    """Return the dims of a site's array in a Dataset: those of ``per``, then the site's dims.
+def assign_variables(sites: Mapping[str, Site], binding: Binding) -> dict[str, Site]:
+    """Fill in the ``variable`` and ``dataset_dims`` of sites, from their ``dims``.
 
-    Broadcast axes are dropped, and a table's axis becomes the observation dims.
+    The variable is that of an outcome, or bears the name of the site. Dims of ``per`` come first;
+    broadcast axes are dropped, and a table's axis becomes the observation dims.
     """
-    spread = [binding.dims if d == TABLE else (d,) for d in site.dims if d is not None]
-    return binding.per + tuple(d for dims in spread for d in dims)
+    assigned = {}
+    for name, site in sites.items():
+        # A slash separates groups of a DataTree and of a Zarr store.
+        variable = site.name.replace("/", ".")
+        if site.obs_argument is not None:
+            variable = binding.argument(site.obs_argument).sources[0].name
+        spread = [binding.dims if d == TABLE else (d,) for d in site.dims if d is not None]
+        dims = binding.per + tuple(d for dims in spread for d in dims)
+        assigned[name] = replace(site, variable=variable, dataset_dims=dims)
+    return assigned
 
 
 def shape_in_dataset(
@@ -314,7 +323,7 @@ def broadcast_in_model(
 ) -> Any:
     """Reshape a block's array with some of a site's dims to broadcast against the site."""
     shape = dict(zip(dims, array.shape, strict=True))
-    site_dims = dims_in_dataset(site, binding)
+    site_dims = site.dataset_dims
     value = jnp.reshape(array, tuple(shape.get(d, 1) for d in site_dims))
     if TABLE in site.dims:
         lengths = {d: sizes[d] for d in binding.dims}

@@ -16,12 +16,10 @@ from xr_aimz.binding import (
     BoundModel,
     bind,
     block_of,
-    dims_in_dataset,
     extra_labels,
     label_arrays,
     measure_sd,
     reorder_like,
-    result_name,
 )
 from xr_aimz.errors import LabelError, ModelError
 from xr_aimz.fits.configuration import fit_options, method_reference
@@ -41,21 +39,21 @@ _STATUS_ATTRS = {
 
 
 def label_posterior(
-    bound: BoundModel, drawn: PosteriorDraws, arrays: Mapping[str, jax.Array], first: int = 0
+    bound: BoundModel, result: PosteriorDraws, arrays: Mapping[str, jax.Array], first: int = 0
 ) -> Fit:
     """Label the draws ``(chain, draw, *dims)`` of an inference, and add the deterministics."""
-    values, deterministics = dict(drawn.samples), select_deterministics(bound)
+    values, deterministics = dict(result.samples), select_deterministics(bound)
     if deterministics and arrays:
-        values |= _compute_deterministics(bound, drawn, arrays, deterministics)
-    fitted = assemble(bound, label_draws(bound, values, drawn.shape, first), drawn)
-    if drawn.more is None:
+        values |= _compute_deterministics(bound, result, arrays, deterministics)
+    fitted = assemble(bound, label_draws(bound, values, result.shape, first), result)
+    if result.continue_ is None:
         return fitted
-    return replace(fitted, more=LiveSampler(bound, drawn, arrays, first + drawn.shape[1]))
+    return replace(fitted, sampler=LiveSampler(bound, result, arrays, first + result.shape[1]))
 
 
 @dataclass(frozen=True, eq=False)
 class LiveSampler:
-    """Sampler of a fit, called as ``fit.more``: samples draws numbered from ``first`` on."""
+    """Sampler of a fit, called as ``fit.sampler``: samples draws numbered from ``first`` on."""
 
     bound: BoundModel
     draws: PosteriorDraws
@@ -63,13 +61,13 @@ class LiveSampler:
     first: int
 
     def __call__(self, draws: int, seed: int) -> Fit:
-        drawn = self.draws
-        assert drawn.more is not None
+        sampled = self.draws
+        assert sampled.continue_ is not None
         # With the number of the first draw: one seed twice in a row must not give the same draws.
         call_seed = int(np.random.SeedSequence([seed % 2**64, self.first]).generate_state(1)[0])
-        result = drawn.more(draws, call_seed)
+        result = sampled.continue_(draws, call_seed)
         if not isinstance(result, PosteriorDraws):
-            result = replace(drawn, samples=result, shape=(drawn.shape[0], draws), stats={})
+            result = replace(sampled, samples=result, shape=(sampled.shape[0], draws), stats={})
         fitted = label_posterior(self.bound, result, self.arrays, self.first)
         return replace(fitted, concerns=collect_concerns(fitted))
 
@@ -98,7 +96,7 @@ def label_draws(
 
 
 def _spans(site: Site, binding: Binding) -> bool:
-    return bool(binding.dims) and set(binding.dims) <= set(dims_in_dataset(site, binding))
+    return bool(binding.dims) and set(binding.dims) <= set(site.dataset_dims)
 
 
 def _compute_deterministics(
@@ -144,7 +142,7 @@ def assemble_prior(bound: BoundModel, draws: int) -> Fit:
     return assemble(bound, empty, PosteriorDraws({}, (1, draws), method))
 
 
-def assemble(bound: BoundModel, posterior: xr.Dataset, drawn: PosteriorDraws) -> Fit:
+def assemble(bound: BoundModel, posterior: xr.Dataset, result: PosteriorDraws) -> Fit:
     """Assemble a Fit from a labelled posterior and the other results of the inference."""
     binding, inputs = bound.binding, bound.inputs
     arrays = inputs.arrays
@@ -152,31 +150,31 @@ def assemble(bound: BoundModel, posterior: xr.Dataset, drawn: PosteriorDraws) ->
     constant = {s.name: arrays[s.key] for a in binding.inputs for s in a.sources}
     chains = {d: posterior[d] for d in ("chain", "draw") if d in posterior.coords}
     stats: dict[str, Any] = {
-        name: (("chain", "draw", *binding.per), v) for name, v in drawn.stats.items()
+        name: (("chain", "draw", *binding.per), v) for name, v in result.stats.items()
     }
-    if drawn.max_tree_depth is not None:
-        stats["n_steps"] = (*stats["n_steps"], {"max_tree_depth": drawn.max_tree_depth})
+    if result.max_tree_depth is not None:
+        stats["n_steps"] = (*stats["n_steps"], {"max_tree_depth": result.max_tree_depth})
     cells = {d: posterior[d] for d in binding.per if d in posterior.coords}
     chains |= cells
-    if drawn.status is not None:
-        stats["status"] = (binding.per, drawn.status, _STATUS_ATTRS)
+    if result.status is not None:
+        stats["status"] = (binding.per, result.status, _STATUS_ATTRS)
     losses = None
-    if drawn.losses is not None:
-        losses = _label_losses(drawn, binding.per, cells)
+    if result.losses is not None:
+        losses = _label_losses(result, binding.per, cells)
     return Fit(
         model=bound.model,
         binding=binding,
         sites=bound.sites,
-        posterior=posterior.assign_attrs(inference_library="numpyro", method=drawn.method),
+        posterior=posterior.assign_attrs(inference_library="numpyro", method=result.method),
         sample_stats=xr.Dataset(stats, coords=chains if stats else None),
         losses=losses,
-        params=drawn.params,
-        method=drawn.method,
+        params=result.params,
+        method=result.method,
         attrs={a.name: dict(arrays[a.sources[0].key].attrs) for a in binding.outcomes},
         observed_data=_make_group(observed),
         constant_data=_make_group(constant),
-        concerns=drawn.concerns or None,
-        state=drawn.state,
+        concerns=result.concerns or None,
+        state=result.state,
     )
 
 
@@ -339,8 +337,8 @@ def _find_draws(posterior: xr.Dataset, site: str) -> xr.DataArray:
 def _relabel(array: xr.DataArray, name: str, bound: BoundModel) -> xr.DataArray:
     """Return draws ``(chain, draw, *dims)`` with the array's labels if any, else the Dataset's."""
     site = bound.sites[name]
-    dims = ("chain", "draw", *dims_in_dataset(site, bound.binding))
-    variable = result_name(bound.binding, site)
+    dims = ("chain", "draw", *site.dataset_dims)
+    variable = site.variable
     if set(array.dims) == set(dims):
         return _reorder_labels(array.transpose(*dims).rename(variable), bound)
     values = array.transpose("chain", "draw", ...).values

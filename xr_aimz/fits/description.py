@@ -18,9 +18,7 @@ from xr_aimz.binding import (
     align,
     bind,
     check_dataset,
-    dims_in_dataset,
     explain_need_of_outcome,
-    result_name,
     shape_in_model,
     trace_without_outcomes,
 )
@@ -173,10 +171,8 @@ def _tabulate_sites(bound: BoundModel) -> tuple[Sequence[str], Rows]:
     header = ("site", "is", "distribution", "plates", "dims", "bytes a draw")
     rows = []
     for site in bound.sites.values():
-        kind = {"observed": f"outcome {result_name(bound.binding, site)}"}.get(
-            site.kind, site.kind
-        )
-        dims = dims_in_dataset(site, bound.binding)
+        kind = {"observed": f"outcome {site.variable}"}.get(site.kind, site.kind)
+        dims = site.dataset_dims
         local = site.kind == "latent" and set(dims) & set(bound.binding.dims)
         cells = tuple(bound.inputs.sizes[d] for d in bound.binding.per)
         shape = cells + shape_in_model(site, bound.binding, bound.inputs.sizes)

@@ -26,7 +26,6 @@ from xr_aimz.binding import (
     check_not_cut,
     check_values,
     describe_variables,
-    dims_in_dataset,
     is_in_memory,
     jax_dtype,
     measure_sd,
@@ -343,7 +342,7 @@ def _check_factors(bound: BoundModel, dims: Collection[str]) -> None:
         if s.kind == "latent" and not s.scanned
     }
     dims_of = {key: set(inputs.dims[key]) for key in arrays}
-    dims_of |= {name: set(dims_in_dataset(bound.sites[name], binding)) for name in latents}
+    dims_of |= {name: set(bound.sites[name].dataset_dims) for name in latents}
     arrange_block = partial(arrange, binding, dims=inputs.dims, block=block)
     for name, sources in factor_inputs(bound.model, arrange_block, arrays, latents, block).items():
         batched = sorted(source for source in sources if dims_of[source] & set(dims))

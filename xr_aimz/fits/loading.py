@@ -11,7 +11,15 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from xr_aimz.binding import LAYOUTS, AlignedInputs, Binding, BoundArgument, BoundModel, VariableRef
+from xr_aimz.binding import (
+    LAYOUTS,
+    AlignedInputs,
+    Binding,
+    BoundArgument,
+    BoundModel,
+    VariableRef,
+    assign_variables,
+)
 from xr_aimz.errors import DamagedStoreError
 from xr_aimz.fits.configuration import resolve_model
 from xr_aimz.fits.encoding import decode_array, decode_tree
@@ -114,8 +122,8 @@ def load_fit(
         raise DamagedStoreError(f"{bundle.name}: the draws are not those of the fit {token!r}")
     # Last: nothing is imported before all else was verified.
     fit = Fit(model=resolve_model(reference, model, trust_import), **fields)
-    more = _make_sampler(fit, sampler_spec is not None, sampler, method, trust_import)
-    return replace(fit, more=more)
+    continuation = _make_sampler(fit, sampler_spec is not None, sampler, method, trust_import)
+    return replace(fit, sampler=continuation)
 
 
 def _load_sampler(
@@ -154,10 +162,10 @@ class _Reader:
     """Read arrays and Datasets of a store by their entries in the spec."""
 
     def __init__(self, store: VerifiedStore) -> None:
-        self._vault = store
+        self._store = store
 
     def array(self, entry: Mapping[str, Any]) -> np.ndarray:
-        return decode_array(self._vault.values(entry["path"]), entry)
+        return decode_array(self._store.values(entry["path"]), entry)
 
     def index(self, dim: str, entry: Mapping[str, Any]) -> pd.Index:
         value = xr.IndexVariable(dim, self.array(entry)).to_index()
@@ -178,7 +186,7 @@ class _Reader:
         chunks = tuple(map(tuple, entry["lazy"]["chunks"]))
         # Under its name at the fit: the same name stands for the same values, and keeps the token.
         name = saved_name(entry["lazy"]["name"])
-        value = self._vault.chunked(entry["path"], entry["dims"], chunks, name)
+        value = self._store.chunked(entry["path"], entry["dims"], chunks, name)
         value.attrs = attrs
         return value
 
@@ -187,9 +195,11 @@ def _load_fields(spec: Mapping[str, Any], reader: _Reader) -> dict[str, Any]:
     datasets = {name: reader.dataset(entry) for name, entry in spec["datasets"].items()}
     losses = datasets["losses"]["loss"] if "losses" in datasets else None
     concerns = spec["concerns"]
+    binding = _load_binding(spec["binding"], reader)
+    sites = {name: _load_site(name, entry) for name, entry in spec["sites"].items()}
     return {
-        "binding": _load_binding(spec["binding"], reader),
-        "sites": {name: _load_site(name, entry) for name, entry in spec["sites"].items()},
+        "binding": binding,
+        "sites": assign_variables(sites, binding),
         "posterior": datasets["posterior"],
         "sample_stats": datasets["sample_stats"],
         "observed_data": datasets["observed_data"],

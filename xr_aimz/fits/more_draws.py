@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from xr_aimz.binding import BoundModel, result_name
+from xr_aimz.binding import BoundModel
 from xr_aimz.errors import OptionError
 from xr_aimz.fits.assembly import LiveSampler
 from xr_aimz.fits.configuration import guide_from_reference, kernel_from_reference
@@ -75,7 +75,9 @@ class RestoredSampler:
         caller_method = self.method
         if problem.model is not self.bound.model:
             caller_method = retarget_method(caller_method, self.bound, problem.model)
-        more = (self._chains if origin.kind == "chains" else self._guide)(problem, caller_method)
+        continue_ = (self._chains if origin.kind == "chains" else self._guide)(
+            problem, caller_method
+        )
         posterior = self.fit.posterior
         shape = (posterior.sizes.get("chain", 1), posterior.sizes.get("draw", 1))
         restored = PosteriorDraws(
@@ -83,7 +85,7 @@ class RestoredSampler:
             shape=shape,
             method=self.fit.method,
             params=self.fit.params,
-            more=more,
+            continue_=continue_,
             state=self.fit.state,
             origin=origin,
         )
@@ -121,6 +123,6 @@ def _first_draw(fit: Fit, problem: InferenceProblem) -> dict[str, np.ndarray]:
     """Return the first draw by latent site: values at which the model's density is finite."""
     values = {}
     for name in problem.named("latent"):
-        draw = fit.posterior[result_name(fit.binding, fit.sites[name])].isel(chain=0, draw=0)
+        draw = fit.posterior[fit.sites[name].variable].isel(chain=0, draw=0)
         values[name] = np.asarray(draw.values).reshape(fit.sites[name].shape)
     return values

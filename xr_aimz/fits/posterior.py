@@ -21,7 +21,6 @@ from xr_aimz.binding import (
     check_dataset,
     describe_kind,
     object_name,
-    result_name,
 )
 from xr_aimz.errors import OptionError
 from xr_aimz.fits.diagnostics import summarize
@@ -91,7 +90,7 @@ class Fit:
     observed_data: xr.Dataset
     constant_data: xr.Dataset
     concerns: tuple[str, ...] | None = None
-    more: Callable[[int, int], Fit] | None = field(default=None, repr=False)
+    sampler: Callable[[int, int], Fit] | None = field(default=None, repr=False)
     state: Mapping[str, Any] = field(default_factory=dict, repr=False)
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     versions: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -104,7 +103,7 @@ class Fit:
         import cloudpickle
 
         state = {f.name: getattr(self, f.name) for f in fields(self)}
-        state["more"] = None if self.more is None else NoSamplerAfterPickle(self.method)
+        state["sampler"] = None if self.sampler is None else NoSamplerAfterPickle(self.method)
         try:
             return _unpickled, (cloudpickle.dumps(state),)
         except Exception as error:
@@ -159,14 +158,14 @@ class Fit:
         499
         """
         draws, seed = parse_count("draws", draws), parse_seed(seed)
-        if self.more is None:
+        if self.sampler is None:
             raise OptionError(
                 f"there is nothing to draw from: this fit holds {self.method}, and neither a "
                 "guide nor chains. Call sample() on what ds.aimz.fit(...) returned"
             )
         call_options = {"draws": draws, "seed": seed, "sampled_from": self.token}
         options = {**self.options, **call_options}
-        result = replace(self.more(draws, seed), data_sd=self.data_sd)
+        result = replace(self.sampler(draws, seed), data_sd=self.data_sd)
         return replace(result, options=options, versions=self.versions, lineage=self.lineage)
 
     def save(self, store: Any, *, mode: str = "w-") -> None:
@@ -281,7 +280,7 @@ class Fit:
         bound = [
             f"{a.name} ← {', '.join(s.name for s in a.sources)}" for a in self.binding.arguments
         ]
-        outcomes = ", ".join(result_name(self.binding, self.sites[n]) for n in self.observed)
+        outcomes = ", ".join(self.sites[n].variable for n in self.observed)
         facts = [
             ("model", model_name(self.model)),
             ("method", self.method),

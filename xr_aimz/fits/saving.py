@@ -134,7 +134,9 @@ def _build_spec(fit: Any, writer: _SpecWriter) -> dict[str, Any]:
         "datasets": {name: writer.dataset(name, ds) for name, ds in groups.items()},
         "params": writer.pack(dict(fit.params), "params", "params"),
         "state": writer.pack(dict(fit.state), "state", "state"),
-        "further": None if fit.more is None else _sampler_spec(fit.more.saved_state(), writer),
+        "further": None
+        if fit.sampler is None
+        else _sampler_spec(fit.sampler.saved_state(), writer),
     }
 
 
@@ -193,7 +195,9 @@ def _argument_spec(argument: BoundArgument, writer: _SpecWriter) -> dict[str, An
 
 
 def _site_spec(site: Site) -> dict[str, Any]:
-    spec = {_SITE_WORDS.get(name, name): value for name, value in asdict(site).items()}
+    # A site's name and dims in a Dataset follow from its dims and the binding.
+    fields = {n: v for n, v in asdict(site).items() if n not in ("variable", "dataset_dims")}
+    spec = {_SITE_WORDS.get(name, name): value for name, value in fields.items()}
     spec["dtype"] = None if site.dtype is None else np.dtype(site.dtype).name
     for name in ("shape", "dims"):
         spec[name] = list(spec[name])

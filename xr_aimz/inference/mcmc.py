@@ -117,7 +117,7 @@ def _run_sampler(problem: InferenceProblem, sampler: MCMC, seed: int) -> Posteri
         stats=_extract_stats(extra),
         method=f"{type(sampler.sampler).__name__}, {count_noun(sampler.num_chains, 'chain')}, "
         f"{count_noun(sampler.num_warmup, 'warmup step')}",
-        more=continuation(problem, sampler, sampler.last_state),
+        continue_=continuation(problem, sampler, sampler.last_state),
         origin=_build_state(sampler),
         max_tree_depth=max_tree_depth(sampler.sampler),
     )

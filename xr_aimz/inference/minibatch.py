@@ -21,7 +21,6 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.optim import SGD
 from tqdm.auto import tqdm
 
-from xr_aimz.binding import result_name
 from xr_aimz.errors import OptionError
 from xr_aimz.inference.checkpoint import Checkpoint
 from xr_aimz.inference.iterates import AverageOptimizer, SpreadOptimizer, noise_concerns
@@ -404,7 +403,7 @@ def _draw_posterior(
         loss_every=state.history.every,
         epoch_steps=batches.per_epoch,
         state=state.packed(),
-        more=draw_more,
+        continue_=draw_more,
         origin=None if update.svi.static_kwargs else _sampler_state(update, leaves),
         concerns=_concerns(update, state),
     )
@@ -421,7 +420,7 @@ def _concerns(update: MinibatchUpdate, state: _State) -> tuple[str, ...]:
         optim,
         jax.tree.unflatten(update.structure, state.leaves).optim_state,
         update.svi.constrain_fn,
-        {n: result_name(problem.binding, problem.sites[n]) for n in problem.named("latent")},
+        {n: problem.sites[n].variable for n in problem.named("latent")},
         likelihood_scales(problem.sites, problem.binding, update.data.batches),
     )
 

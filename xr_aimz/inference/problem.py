@@ -122,7 +122,7 @@ class PosteriorDraws:
     params: Mapping[str, Any] = field(default_factory=dict)
     losses: np.ndarray | None = None
     full_rate_steps: int = 0
-    more: Callable[[int, int], Mapping[str, np.ndarray] | PosteriorDraws] | None = None
+    continue_: Callable[[int, int], Mapping[str, np.ndarray] | PosteriorDraws] | None = None
     loss_every: int = 1
     epoch_steps: float = 1.0
     state: Mapping[str, Any] = field(default_factory=dict)

@@ -150,7 +150,7 @@ def run_svi(
         params=jax.tree.map(np.asarray, final_params),
         losses=losses,
         full_rate_steps=int(full_rate * steps),
-        more=draw_more,
+        continue_=draw_more,
         origin=None if svi.static_kwargs else SamplerState("guide", {}, params, svi.guide),
     )
 
@@ -252,7 +252,7 @@ def run_stein(
         method=f"{type(stein).__name__}, {type(stein.guide).__name__}, "
         f"{stein.num_stein_particles} particles, {steps} steps",
         params=jax.tree.map(np.asarray, final_params),
-        more=draw_more,
+        continue_=draw_more,
         concerns=(few_steps_concern(steps),) if steps < LEAST_STEPS else (),
     )
 

@@ -20,7 +20,6 @@ from numpyro.distributions.transforms import biject_to
 from xr_aimz.binding import (
     AlignedInputs,
     block_of,
-    dims_in_dataset,
     shape_in_dataset,
     shape_in_model,
 )
@@ -146,7 +145,7 @@ def zero_probe(
     }
     noise = {
         s.name: (
-            dims_in_dataset(s, program.binding),
+            s.dataset_dims,
             np.broadcast_to(0.0, _shape(s, program, sizes)),
         )
         for s in _sites_without_draws(program, draws)
@@ -212,7 +211,7 @@ def make_probes(
         for name, array in _usable_draws(latents, inputs).items()
     }
     noise = {
-        s.name: (dims_in_dataset(s, program.binding), rng.normal(size=_shape(s, program, sizes)))
+        s.name: (s.dataset_dims, rng.normal(size=_shape(s, program, sizes)))
         for s in _sites_without_draws(program, draws)
     }
     moved = Probe(sizes, _map(_perturb, arrays, rng), _map(_perturb, draws, rng), noise)
@@ -310,7 +309,7 @@ class DensityEvaluator:
         """
         output_dims, joint = [], {}
         for name, struct in sorted(self._trace(full).out_info.items()):
-            along = dims_in_dataset(self.program.sites[name], self.program.binding)
+            along = self.program.sites[name].dataset_dims
             cells = along[: len(struct.shape) - 1]
             spanned = [d for d in along[len(cells) :] if d in dims]
             if spanned:
@@ -361,7 +360,7 @@ class DensityEvaluator:
     ) -> bool:
         for name, part in self(probe.part(window)).items():
             site = self.program.sites[name]
-            along = dims_in_dataset(site, self.program.binding)
+            along = site.dataset_dims
             cells = along[: part.ndim - 1]
             # An event that spans the dim is one density of cells that belong together.
             if set(along[part.ndim - 1 :]) & set(window):

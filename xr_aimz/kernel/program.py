@@ -75,7 +75,7 @@ def site_readout(
     """Make the kernel that applies ``read`` to each site of ``program.returns``.
 
     ``read`` takes the site and its message, and returns dims and a value. In the message,
-    ``given`` is a pair of the site's fixed values and the mask of their cells, or None.
+    ``fixed`` is a pair of the site's fixed values and the mask of their cells, or None.
     """
     return _make_kernel(program, sizes, read)
 
@@ -104,7 +104,7 @@ def _make_kernel(
         results = {}
         for name in program.returns:
             site = program.sites[name]
-            dims, value = read(site, {**trace[name], "given": fixed.get(name)})
+            dims, value = read(site, {**trace[name], "fixed": fixed.get(name)})
             value = mask_missing_inputs(
                 program.binding, site, dims, jnp.asarray(value), args, masks.get(name, False)
             )

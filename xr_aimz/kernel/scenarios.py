@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.primitives import Messenger
 
-from xr_aimz.binding import TABLE, Binding, dims_in_dataset, shape_in_model
+from xr_aimz.binding import TABLE, Binding, shape_in_model
 from xr_aimz.errors import ModelError
 from xr_aimz.tracing import Site, is_difference, without_shared_terms
 
@@ -145,7 +145,7 @@ def _stack_site(
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
     """Return a site's stacked values, their mask, and a mask for each function, on its axes."""
     # In a fit with ``per`` the kernel runs one cell, whose sites lack the dims in ``per``.
-    site_dims = dims_in_dataset(site, binding)[len(binding.per) :]
+    site_dims = site.dataset_dims[len(binding.per) :]
     value, mask = _stack_scenarios(change, dims, arrays, site_dims)
     shape = (len(change.by_scenario), *shape_in_model(site, binding, sizes))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from xr_aimz.binding import Binding, dims_in_dataset
+from xr_aimz.binding import Binding
 from xr_aimz.kernel.scenarios import ScenarioSet
 from xr_aimz.tracing import Site
 
@@ -61,7 +61,7 @@ class KernelSpec:
 
     def result_dims(self, name: str) -> tuple[str, ...]:
         """Return the dims of a site's result on a block, after chain and draw."""
-        site_dims, n_per = dims_in_dataset(self.sites[name], self.binding), len(self.binding.per)
+        site_dims, n_per = self.sites[name].dataset_dims, len(self.binding.per)
         return (*site_dims[:n_per], *self.leading, *site_dims[n_per:])
 
     @property

@@ -77,14 +77,14 @@ def mark_outside(
         notes["words"] = _describe_support(support)
         notes["traced"] = any(isinstance(b, jax.core.Tracer) for b in jax.tree.leaves(support))
         # A conditioned value is cast to the dtype of its site's draws.
-        observed = message["given"] is None and is_float(value)
+        observed = message["fixed"] is None and is_float(value)
         notes["takes_ints"] = observed and support.is_discrete and _refuses_dtype(fn, value)
     return site.dims[: site.batch_ndim], outside
 
 
 def _get_value(message: Mapping[str, Any]) -> tuple[jax.Array, Any]:
     """Return the values of an outcome, and the mask of the cells that have a value."""
-    value, known_mask = message["given"] or (message["value"], True)
+    value, known_mask = message["fixed"] or (message["value"], True)
     return jnp.asarray(value), known_mask
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -35,6 +35,7 @@ from xr_aimz.prediction import (
     Dependence,
     Prediction,
     PredictionRequest,
+    Tracer,
     build_result,
     check_posterior,
     check_split_along,
@@ -59,11 +60,11 @@ _RETURNS = ("summary", "draws")
 class ServingRequest:
     """Request to a served fit.
 
-    ``question`` is the request for a prediction, ``draws`` is true if draws are returned, and
+    ``prediction`` is the request for a prediction, ``draws`` is true if draws are returned, and
     ``key`` identifies what must be traced.
     """
 
-    question: PredictionRequest
+    prediction: PredictionRequest
     draws: bool
     key: tuple[Any, ...]
 
@@ -201,30 +202,58 @@ class TraceCache:
 
 
 @dataclass(frozen=True)
-class _ServedPrediction(Prediction):
-    """Prediction that caches traces and pads blocks to a few sizes."""
+class _CachingTracer(Tracer):
+    """Tracer of requests with the same ``key``: caches traces, and pads blocks to a few sizes."""
 
-    memory: TraceCache = field(default_factory=TraceCache)
-    key: tuple[Any, ...] = ()
+    cache: TraceCache
+    key: tuple[Any, ...]
 
-    def traced(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], str]:
-        leaves, structure = jax.tree.flatten(self.structs(sizes))
-        shapes = tuple((x.shape, str(x.dtype)) for x in leaves)
-        key = (self.key, structure, shapes, tuple(sorted(sizes.items())))
-        with self.memory.lock:
-            traces = self.memory.traces
-            if key not in traces:
-                if len(traces) >= _MAX_TRACES:
-                    traces.clear()
-                traces[key] = self._newly_traced(sizes)
-            return traces[key]
+    def trace(
+        self, prediction: Prediction, sizes: Mapping[str, int]
+    ) -> tuple[dict[str, Any], str]:
+        key = (self._key_of(prediction, sizes), tuple(sorted(sizes.items())))
+        return self._cached(self.cache.traces, key, lambda: self._trace(prediction, sizes))
 
-    def _newly_traced(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], str]:
+    def dependences(self, prediction: Prediction, dim: str) -> Mapping[str, Dependence]:
+        key = (self._key_of(prediction, prediction.inputs.sizes), dim)
+        return self._cached(self.cache.dependences, key, lambda: prediction.dependences(dim))
+
+    def padded_sizes(self, prediction: Prediction, plan: ChunkPlan) -> dict[str, int]:
+        self._check_alone(prediction, plan)
+        sizes = super().padded_sizes(prediction, plan)
+        core = prediction.fit.binding.core_dims
+        grown = {d: n if d in core else _padded_length(n) for d, n in sizes.items()}
+        if prod(grown.values()) > max(_SMALL_BLOCK, _MAX_GROWTH * prod(sizes.values())):
+            return sizes
         try:
-            return super().traced(sizes)
+            self.trace(prediction, {**prediction.inputs.sizes, **grown})
+        except Exception:
+            # The model has sizes written into it, so it runs with those only.
+            return sizes
+        return grown
+
+    def _key_of(self, prediction: Prediction, sizes: Mapping[str, int]) -> tuple[Any, ...]:
+        """Return the request key with the structs of a prediction's arguments."""
+        leaves, structure = jax.tree.flatten(prediction.structs(sizes))
+        shapes = tuple((x.shape, str(x.dtype)) for x in leaves)
+        return (self.key, prediction.intervention is None, structure, shapes)
+
+    def _cached(self, entries: dict[Any, Any], key: Any, compute: Callable[[], Any]) -> Any:
+        with self.cache.lock:
+            if key not in entries:
+                if len(entries) >= _MAX_TRACES:
+                    entries.clear()
+                entries[key] = compute()
+            return entries[key]
+
+    def _trace(
+        self, prediction: Prediction, sizes: Mapping[str, int]
+    ) -> tuple[dict[str, Any], str]:
+        try:
+            return prediction.trace(sizes)
         except (TypeError, ModelError) as error:
             cause = error.__cause__ if isinstance(error, ModelError) else error
-            if self.intervention is None or cause is None or isinstance(cause, AimzError):
+            if prediction.intervention is None or cause is None or isinstance(cause, AimzError):
                 raise
             # The model ran at the fit, so that the numbers of do= must be the cause.
             raise InterventionError(
@@ -233,50 +262,25 @@ class _ServedPrediction(Prediction):
                 "2 and not 2.0 for an int"
             ) from error
 
-    def dependences(self, dim: str) -> Mapping[str, Dependence]:
-        leaves, structure = jax.tree.flatten(self.structs(self.inputs.sizes))
-        shapes = tuple((x.shape, str(x.dtype)) for x in leaves)
-        key = (self.key, dim, structure, shapes)
-        with self.memory.lock:
-            cache = self.memory.dependences
-            if key not in cache:
-                if len(cache) >= _MAX_TRACES:
-                    cache.clear()
-                cache[key] = super().dependences(dim)
-            return cache[key]
-
-    def padded_sizes(self, cut: ChunkPlan) -> dict[str, int]:
-        self._check_alone(cut)
-        sizes = super().padded_sizes(cut)
-        core = self.fit.binding.core_dims
-        grown = {d: n if d in core else _padded_length(n) for d, n in sizes.items()}
-        if prod(grown.values()) > max(_SMALL_BLOCK, _MAX_GROWTH * prod(sizes.values())):
-            return sizes
-        try:
-            self.traced({**self.inputs.sizes, **grown})
-        except Exception:
-            # The model has sizes written into it, so it runs with those only.
-            return sizes
-        return grown
-
-    def _check_alone(self, cut: ChunkPlan) -> None:
+    def _check_alone(self, prediction: Prediction, plan: ChunkPlan) -> None:
         """Raise ModelError if the result of a row could depend on another row."""
-        with self.memory.lock:
-            if self.key in self.memory.checked:
+        with self.cache.lock:
+            if self.key in self.cache.checked:
                 return
-            free = [d for d in self.fit.binding.dims if d not in self.fit.binding.core_dims]
+            binding = prediction.fit.binding
+            free = [d for d in binding.dims if d not in binding.core_dims]
             try:
-                check_split_along(self, cut, free)
+                check_split_along(prediction, plan, free)
             except ModelError as error:
                 error.add_note(
                     "xr_aimz: a table is answered row by row, and may come in pieces of any size"
                 )
                 raise
-            self.memory.checked.add(self.key)
+            self.cache.checked.add(self.key)
 
 
 def predict_rows(
-    ds: xr.Dataset, fit: Fit, request: ServingRequest, memory: TraceCache
+    ds: xr.Dataset, fit: Fit, request: ServingRequest, cache: TraceCache
 ) -> xr.Dataset:
     """Predict as :func:`xr_aimz.predict` does, and compute the result.
 
@@ -286,7 +290,7 @@ def predict_rows(
         With the variables that the fit took, without the outcomes.
     fit : Fit
     request : ServingRequest
-    memory : TraceCache
+    cache : TraceCache
         The cache of this fit, the same for all its requests.
 
     Returns
@@ -303,10 +307,9 @@ def predict_rows(
         The model does not run with the numbers of ``do``.
     """
     check_posterior(fit.posterior, fit.sites, fit.binding)
-    prediction = prepare(ds, fit, request.question)
-    values = {f.name: getattr(prediction, f.name) for f in fields(prediction)}
-    served = _ServedPrediction(**values, memory=memory, key=request.key)
-    return build_result(ds, served, result_attrs(served), "predict").load()
+    prediction = prepare(ds, fit, request.prediction)
+    tracer = _CachingTracer(cache, request.key)
+    return build_result(ds, prediction, result_attrs(prediction), "predict", tracer).load()
 
 
 def _padded_length(length: int) -> int:
@@ -330,7 +333,7 @@ class PyfuncModel:
     def __init__(self, fit: Fit) -> None:
         self.fit = fit
         self.columns = table_schema(fit)
-        self._memory = TraceCache()
+        self._cache = TraceCache()
 
     def get_raw_model(self) -> Fit:
         """Return the fit."""
@@ -382,7 +385,7 @@ class PyfuncModel:
             )
         request = parse_params(params)
         results = (
-            (group, predict_rows(ds, self.fit, request, self._memory))
+            (group, predict_rows(ds, self.fit, request, self._cache))
             for group, ds in tables_to_datasets(model_input, self.columns, self.fit.constant_data)
         )
         try:
@@ -390,9 +393,11 @@ class PyfuncModel:
                 return draws_table(results, len(model_input))
             return summary_table(results, model_input.index)
         except MissingValueError as error:
-            raise self._told_of_rows(model_input, error) from error
+            raise self._with_row_numbers(model_input, error) from error
 
-    def _told_of_rows(self, table: pd.DataFrame, error: MissingValueError) -> MissingValueError:
+    def _with_row_numbers(
+        self, table: pd.DataFrame, error: MissingValueError
+    ) -> MissingValueError:
         """Rewrite a MissingValueError in terms of rows and columns of the table."""
         columns = [c for v in self.columns.variables for c in v.columns if c in table]
         missing_mask = table[columns].isna()

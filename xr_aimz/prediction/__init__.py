@@ -12,11 +12,11 @@ from xr_aimz.prediction.new_labels import check_posterior
 from xr_aimz.prediction.predictive import log_likelihood, predict, prior_predictive
 from xr_aimz.prediction.recursion import Dependence
 from xr_aimz.prediction.request import PredictionRequest, build_result, prepare, result_attrs
-from xr_aimz.prediction.spec import Prediction
+from xr_aimz.prediction.spec import Prediction, Tracer
 from xr_aimz.prediction.statistics import summary
 
 __all__ = [
-    "ChunkPlan", "Condition", "Dependence", "Prediction", "PredictionRequest", "build_result",
-    "check_posterior", "check_split_along", "intervene", "log_likelihood", "predict",
-    "prepare", "prior_predictive", "result_attrs", "summary",
+    "ChunkPlan", "Condition", "Dependence", "Prediction", "PredictionRequest", "Tracer",
+    "build_result", "check_posterior", "check_split_along", "intervene", "log_likelihood",
+    "predict", "prepare", "prior_predictive", "result_attrs", "summary",
 ]  # fmt: skip

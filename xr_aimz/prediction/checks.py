@@ -13,14 +13,13 @@ from xr_aimz.binding import (
     AlignedInputs,
     Precision,
     Requirement,
+    assign_variables,
     check_not_cut,
     describe_variables,
-    dims_in_dataset,
     is_in_memory,
     is_wide,
     loses_bits,
     require_same_values,
-    result_name,
 )
 from xr_aimz.errors import ModelError
 from xr_aimz.fits import Fit
@@ -109,7 +108,7 @@ def _describe_inputs(fit: Fit) -> _Descriptions:
 
 
 def _describe_conditions(fit: Fit) -> _Descriptions:
-    names = {n: result_name(fit.binding, s) for n, s in fit.sites.items()}
+    names = {n: s.variable for n, s in fit.sites.items()}
     return {CONDITION + site: (f"condition={name!r}", name) for site, name in names.items()}
 
 
@@ -117,7 +116,7 @@ def _describe_do_values(fit: Fit, scenarios: ScenarioSet | None) -> _Description
     if scenarios is None:
         return {}
     arguments = {s.key: s.name for a in fit.binding.arguments for s in a.sources}
-    sites = {n: result_name(fit.binding, s) for n, s in fit.sites.items()}
+    sites = {n: s.variable for n, s in fit.sites.items()}
     changes = [(arguments[c.target], c) for c in scenarios.arguments]
     changes += [(sites[c.target], c) for c in scenarios.sites]
     return {v.key: (f"do={{{n!r}: ...}}", n) for n, c in changes for v in c.values}
@@ -155,7 +154,7 @@ def check_same_in_all_blocks(prediction: Prediction, cut: ChunkPlan) -> None:
     arrays = {**prediction.inputs.arrays, **prediction.latents}
     cut_dims_of = {k: cut_dims & set(map(str, a.dims)) for k, a in arrays.items()}
     for name in prediction.sampled_sites:
-        cut_dims_of[name] = cut_dims & set(dims_in_dataset(fit_sites[name], binding))
+        cut_dims_of[name] = cut_dims & set(fit_sites[name].dataset_dims)
     for name in prediction.latents:
         if lengths := sorted(fit_sites[name].lengths & cut_dims):
             raise ModelError(
@@ -168,7 +167,7 @@ def check_same_in_all_blocks(prediction: Prediction, cut: ChunkPlan) -> None:
     masked = [n for n in prediction.latents if KNOWN + n in prediction.inputs.arrays]
     for name in dict.fromkeys((*prediction.sites, *prediction.sampled_sites, *masked)):
         site = fit_sites[name]
-        dims = dims_in_dataset(site, binding)
+        dims = site.dataset_dims
         step_dim = next(iter(dims[len(binding.per) :]), None) if site.scanned else None
         if step_dim in cut_dims:
             raise ModelError(
@@ -240,5 +239,8 @@ def _make_coupling_problem(prediction: Prediction) -> CouplingProblem:
         inputs = prediction.intervention.with_dims_of_values(inputs, fit.binding)
     inputs = inputs.of_cell(per)
     cell = fit.binding.without_data().of_cell()
-    program = replace(prediction.program, binding=cell, dims=inputs.dims, scenarios=None)
+    sites = assign_variables(fit.sites, cell)
+    program = replace(
+        prediction.program, binding=cell, sites=sites, dims=inputs.dims, scenarios=None
+    )
     return CouplingProblem(program, inputs, latents, fit.params, fit_data)

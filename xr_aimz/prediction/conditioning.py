@@ -13,10 +13,8 @@ from xr_aimz.binding import (
     Binding,
     check_float_labels,
     check_units,
-    dims_in_dataset,
     match_labels,
     reorder_like,
-    result_name,
 )
 from xr_aimz.errors import (
     DimensionError,
@@ -53,7 +51,7 @@ def resolve_condition(
             )
         if site.name in arrays:
             raise OptionError(f"condition= names the site {site.name!r} twice, once as {name!r}")
-        variable = result_name(binding, site)
+        variable = site.variable
         value = condition[name] if isinstance(condition, Mapping) else variable
         arrays[site.name] = _as_array(ds, name, value)
     return arrays
@@ -70,7 +68,7 @@ def _parse_names(condition: Condition) -> list[str]:
 
 
 def _find_site(sites: Mapping[str, Site], binding: Binding, name: str) -> Site:
-    by_name = {result_name(binding, s): s for s in sites.values() if s.kind != "param"}
+    by_name = {s.variable: s for s in sites.values() if s.kind != "param"}
     site = {**by_name, **{s.name: s for s in by_name.values()}}.get(name)
     outcomes = sorted(n for n, s in by_name.items() if s.kind == "observed")
     if site is None:
@@ -117,7 +115,7 @@ def _as_array(ds: xr.Dataset, name: str, value: Any) -> xr.DataArray:
 def align_condition(
     conditioned: Mapping[str, xr.DataArray],
     origin: Mapping[str, DistributionInfo],
-    drawn: Collection[str],
+    sampled_sites: Collection[str],
     sites: Mapping[str, Site],
     binding: Binding,
     inputs: AlignedInputs,
@@ -129,7 +127,7 @@ def align_condition(
     conditioned : mapping of site to DataArray
     origin : mapping of site to DistributionInfo
         Parents of each conditioned site.
-    drawn : collection of str
+    sampled_sites : collection of str
         Sites that are sampled in every cell, unless they are conditioned.
     sites, binding, inputs
         The inputs have the masks of latents that are sampled in some cells.
@@ -142,7 +140,9 @@ def align_condition(
     """
     arrays: dict[str, xr.DataArray] = {}
     value_masks: dict[str, xr.DataArray | None] = {}
-    free_masks: dict[str, xr.DataArray | None] = {n: None for n in drawn if n not in conditioned}
+    free_masks: dict[str, xr.DataArray | None] = {
+        n: None for n in sampled_sites if n not in conditioned
+    }
     free_masks |= {n: ~inputs.arrays[KNOWN + n] for n in sites if KNOWN + n in inputs.arrays}
     for name, array in conditioned.items():
         values = _check_integers(name, array) if origin[name].discrete else array
@@ -167,7 +167,7 @@ def _align_values(
     what = f"condition={name!r}"
     if site.obs_argument is not None:
         check_units(what, array, binding.argument(site.obs_argument).sources[0].units)
-    dims = dims_in_dataset(site, binding)
+    dims = site.dataset_dims
     scalar_dims = [
         d for d in binding.block_dims if d in dims and d not in array.dims and d in array.coords
     ]

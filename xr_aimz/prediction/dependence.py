@@ -22,7 +22,6 @@ from xr_aimz.binding import (
     Binding,
     arrange,
     block_of,
-    dims_in_dataset,
     jax_dtype,
     shape_in_model,
 )
@@ -235,7 +234,7 @@ def _overlap(
     binding: Binding,
 ) -> bool:
     """Return whether a conditioned cell may depend on a free cell of another site."""
-    dims, other_dims = dims_in_dataset(site, binding), dims_in_dataset(other, binding)
+    dims, other_dims = site.dataset_dims, other.dataset_dims
     step_dim = scan_dim(site, binding)
     # Cells of a fit with ``per`` are independent of each other.
     cut_dims = [d for d in dims if d in other_dims and d in binding.block_dims]

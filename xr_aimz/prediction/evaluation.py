@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -20,7 +21,6 @@ from xr_aimz.binding import (
     check_in_memory,
     is_in_memory,
     resize,
-    result_name,
 )
 from xr_aimz.fits import Fit, cells_with_draws
 from xr_aimz.kernel import (
@@ -52,7 +52,7 @@ from xr_aimz.prediction.recursion import (
     check_positions,
     check_recursions,
 )
-from xr_aimz.prediction.spec import Prediction
+from xr_aimz.prediction.spec import Prediction, Tracer
 from xr_aimz.prediction.statistics import (
     Statistic,
     compute_statistics,
@@ -62,24 +62,24 @@ from xr_aimz.prediction.statistics import (
 from xr_aimz.random import hash_labels, seed_key, site_keys
 
 
-def build_lazy(prediction: Prediction) -> xr.Dataset:
+def build_lazy(prediction: Prediction, tracer: Tracer) -> xr.Dataset:
     """Build the sites of a Prediction as lazy arrays with dims, without coordinates."""
     fit, inputs = prediction.fit, prediction.inputs
-    structs, name, requirements = _trace_checked(prediction)
-    prediction = _check_missing_inputs(prediction, structs)
+    structs, name, requirements = _trace_checked(prediction, tracer)
+    prediction = _check_missing_inputs(prediction, tracer, structs)
     bytes_per_draw = sum(o.size * o.dtype.itemsize for o in structs.values())
     make_plan = plan_chunks_all_draws if prediction.statistics else plan_chunks
     block_bytes = get_options()["block_bytes"]
     plan = make_plan(fit.binding, inputs, prediction.shape, bytes_per_draw, block_bytes)
     check_same_in_all_blocks(prediction, plan)
-    max_sizes = prediction.padded_sizes(plan)
+    max_sizes = tracer.padded_sizes(prediction, plan)
     if any(max_sizes[d] != inputs.sizes[d] for d in max_sizes):
         # Traced first: a model that fails on a block of this size raises its own error here.
-        structs, name = prediction.traced({**inputs.sizes, **max_sizes})
+        structs, name = tracer.trace(prediction, {**inputs.sizes, **max_sizes})
     verdict = check_independent(prediction, plan, find_coupling)
     if verdict.least > min(max_sizes.values(), default=verdict.least):
         max_sizes = {d: max(n, min(verdict.least, inputs.sizes[d])) for d, n in max_sizes.items()}
-        structs, name = prediction.traced({**inputs.sizes, **max_sizes})
+        structs, name = tracer.trace(prediction, {**inputs.sizes, **max_sizes})
     outputs = {
         site: (prediction.dims(site)[: len(struct.shape)], struct)
         for site, struct in structs.items()
@@ -98,7 +98,7 @@ def build_lazy(prediction: Prediction) -> xr.Dataset:
 
 
 def _trace_checked(
-    prediction: Prediction,
+    prediction: Prediction, tracer: Tracer
 ) -> tuple[dict[str, Any], str, tuple[Requirement, ...]]:
     """Trace the kernel on the whole Dataset, and check the values that are in memory.
 
@@ -109,14 +109,15 @@ def _trace_checked(
     requirements = collect_requirements(fit, inputs, prediction.program)
     lazy_requirements = check_in_memory(requirements, inputs)
     check_positions(fit, inputs, tuple(prediction.latents))
-    structs, name = prediction.traced(inputs.sizes)
+    structs, name = tracer.trace(prediction, inputs.sizes)
     if may_take_by_position(name):
         ranges = collect_index_ranges(fit, inputs, prediction.position_kernel, name)
         lazy_requirements += check_in_memory(ranges, inputs)
     if _may_have_recursion(prediction, name):
         masked = [n for n in prediction.latents if KNOWN + n in inputs.arrays]
         sampled = (*prediction.sampled_sites, *masked)
-        check_recursions(fit, inputs, prediction.sites, sampled, prediction.dependences)
+        dependences = partial(tracer.dependences, prediction)
+        check_recursions(fit, inputs, prediction.sites, sampled, dependences)
     return structs, name, lazy_requirements
 
 
@@ -150,12 +151,14 @@ def _make_site_keys(prediction: Prediction) -> np.ndarray:
     return np.stack([keys[name] for name in prediction.program.random_sites], axis=2)
 
 
-def _check_missing_inputs(prediction: Prediction, structs: Mapping[str, Any]) -> Prediction:
+def _check_missing_inputs(
+    prediction: Prediction, tracer: Tracer, structs: Mapping[str, Any]
+) -> Prediction:
     """Refuse missing inputs of integer or bool outcomes: now if in memory, else in their task."""
     fit, inputs, intervention = prediction.fit, prediction.inputs, prediction.intervention
     if intervention is not None and may_have_missing(fit, inputs):
         # The dtype of what is sampled counts: a contrast of integers may be a float.
-        structs, _ = replace(prediction, intervention=None).traced(inputs.sizes)
+        structs, _ = tracer.trace(replace(prediction, intervention=None), inputs.sizes)
     site_names = [n for n, s in fit.sites.items() if s.kind in ("latent", "observed")]
     dtypes = {n: structs[n].dtype if n in structs else fit.sites[n].dtype for n in site_names}
     integer_dtypes = {
@@ -177,7 +180,7 @@ def _build_dataset(
     outputs: Mapping[str, tuple[tuple[str, ...], Any]],
 ) -> xr.Dataset:
     """Build a Dataset of lazy draws of the outputs, or of their statistics."""
-    names = {n: result_name(prediction.fit.binding, prediction.fit.sites[n]) for n in outputs}
+    names = {n: prediction.fit.sites[n].variable for n in outputs}
     if prediction.statistics:
         task = replace(task, postprocess=_Reduction(prediction.statistics))
         names, outputs = (

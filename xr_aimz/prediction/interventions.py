@@ -14,10 +14,8 @@ from xr_aimz.binding import (
     AlignedInputs,
     Binding,
     check_units,
-    dims_in_dataset,
     extra_labels,
     match_labels,
-    result_name,
 )
 from xr_aimz.errors import (
     DimensionError,
@@ -112,7 +110,7 @@ def _find_by_site(name: str, binding: Binding, sites: Mapping[str, Site]) -> tup
     return tuple(
         Target("site", site.name)
         for site in sites.values()
-        if name in (site.name, result_name(binding, site), site.obs_argument)
+        if name in (site.name, site.variable, site.obs_argument)
     )
 
 
@@ -168,7 +166,7 @@ class TargetContext:
         """Return the dims that a value may have: all that the site has, or an input can have."""
         binding = self.fit.binding
         if target.kind == "site":
-            return dims_in_dataset(self.fit.sites[target.name], binding)
+            return self.fit.sites[target.name].dataset_dims
         array_dims = self.inputs.dims[target.name]
         return (*binding.block_dims, *(d for d in array_dims if d not in binding.block_dims))
 

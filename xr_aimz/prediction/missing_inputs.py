@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from xr_aimz.binding import AlignedInputs, BoundArgument, VariableRef, dims_in_dataset
+from xr_aimz.binding import AlignedInputs, BoundArgument, VariableRef
 from xr_aimz.errors import MissingValueError
 from xr_aimz.fits import Fit, cells_with_draws, integers_as_floats
 from xr_aimz.kernel import CONDITION, KNOWN, ScenarioSet, TargetChange, ValueRef
@@ -150,7 +150,7 @@ class SampledSites:
         binding, sites = self.fit.binding, [self.fit.sites[n] for n in names]
         separate_dims = {d for d in binding.block_dims if d in self.inputs.arrays[source.key].dims}
         for site in sites:
-            separate_dims &= set(dims_in_dataset(site, binding)) - {scan_dim(site, binding)}
+            separate_dims &= set(site.dataset_dims) - {scan_dim(site, binding)}
         return separate_dims - set(binding.core_dims)
 
     @cached_property

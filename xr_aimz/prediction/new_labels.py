@@ -14,8 +14,6 @@ from xr_aimz.binding import (
     AlignedInputs,
     Binding,
     check_float_labels,
-    dims_in_dataset,
-    result_name,
     select_labels,
 )
 from xr_aimz.errors import LabelError, ModelError
@@ -25,7 +23,7 @@ from xr_aimz.tracing import Site
 
 def check_posterior(posterior: xr.Dataset, sites: Mapping[str, Site], binding: Binding) -> None:
     """Refuse a posterior without draws of some latent."""
-    latent = {n: result_name(binding, s) for n, s in sites.items() if s.kind == "latent"}
+    latent = {n: s.variable for n, s in sites.items() if s.kind == "latent"}
     absent = [name for name, variable in latent.items() if variable not in posterior]
     if absent:
         raise ModelError(
@@ -79,9 +77,9 @@ def _find_positions(
     posterior: xr.Dataset, site: Site, binding: Binding, inputs: AlignedInputs
 ) -> dict[str, np.ndarray]:
     """Find positions of the inputs' labels in the posterior, -1 for new, of dims that have new."""
-    array = posterior[result_name(binding, site)]
+    array = posterior[site.variable]
     positions = {}
-    for dim in dims_in_dataset(site, binding):
+    for dim in site.dataset_dims:
         labels, fit_labels = inputs.labels.get(dim), array.indexes.get(dim)
         if dim in binding.dims and labels is not None and fit_labels is not None:
             indices = fit_labels.get_indexer(labels)
@@ -110,7 +108,7 @@ def _check_can_sample(
             "cannot be drawn without the old. Predict at labels that the fit saw, or write it "
             "as a scan, whose steps follow one another"
         )
-    if site.scanned and dim == dims_in_dataset(site, binding)[len(binding.per)]:
+    if site.scanned and dim == site.dataset_dims[len(binding.per)]:
         length = len(fit_labels)
         if (
             not np.array_equal(indices[:length], np.arange(length))

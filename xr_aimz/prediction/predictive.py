@@ -17,7 +17,6 @@ from xr_aimz.binding import (
     check_dataset,
     check_sizes,
     jax_dtype,
-    result_name,
 )
 from xr_aimz.errors import MissingVariableError, ModelError, list_names
 from xr_aimz.fits import Fit, assemble_prior, check_fit, check_model
@@ -417,7 +416,7 @@ def log_likelihood(
     prediction = Prediction(
         fit, inputs, posterior, density_kernel, fit.observed, seed=0, assumed=assumed
     )
-    names = [result_name(fit.binding, fit.sites[n]) for n in fit.observed]
+    names = [fit.sites[n].variable for n in fit.observed]
     attrs = {n: {"long_name": f"log-likelihood of {n}", "units": "1"} for n in names}
     result = build_result(ds, prediction, attrs, "log_likelihood")
     return add_provenance(result, fit.token, fit.lineage)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from jax.extend.core import Jaxpr, Literal
 
-from xr_aimz.binding import AlignedInputs, block_of, dims_in_dataset, result_name
+from xr_aimz.binding import AlignedInputs, block_of
 from xr_aimz.errors import LabelError
 from xr_aimz.fits import Fit, labels_at_fit
 from xr_aimz.kernel import CONDITION, KNOWN, KernelSpec, distributions
@@ -276,9 +276,7 @@ def check_positions(fit: Fit, inputs: AlignedInputs, latents: Collection[str]) -
         for dim in sorted(site.lengths):
             if _has_fit_labels(fit, inputs, dim):
                 continue
-            dims = [
-                d for d in dims_in_dataset(site, fit.binding) if d not in fit.binding.block_dims
-            ]
+            dims = [d for d in site.dataset_dims if d not in fit.binding.block_dims]
             differs = _describe_difference(inputs.labels.get(dim), labels_at_fit(fit, dim))
             raise LabelError(
                 f"latent site {name!r} has dims {dims!r} of its own, whose length the model makes "
@@ -416,7 +414,7 @@ def _make_restart_error(
         differs = _describe_difference(_reversed(labels), _reversed(fitted), ("ends", "ended"))
     kind = "the density of" if _has_outcomes(fit, inputs) else "site"
     return LabelError(
-        f"{kind} {result_name(fit.binding, site)!r} is made step by step along {dim!r}, by a "
+        f"{kind} {site.variable!r} is made step by step along {dim!r}, by a "
         f"recursion (a scan or a running sum), and {differs}: it would restart from its initial "
         f"value. {_suggest_remedy(fit, inputs, site, dim, dependence)}"
     )
@@ -435,7 +433,7 @@ def _suggest_remedy(
             f"Take a Dataset with all labels of {dim!r} at the fit, in that order, and select "
             f"from the result: .sel({dim}=...)"
         )
-    name = result_name(fit.binding, site)
+    name = site.variable
     recipe = (
         f"Give the past as well, and say what is known of it: xr.concat([past, future], {dim!r})"
         f".aimz.predict(fit, condition={name!r})"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from xr_aimz.binding import AlignedInputs, align, check_sizes, result_name, with_coords
+from xr_aimz.binding import AlignedInputs, align, check_sizes, with_coords
 from xr_aimz.errors import DimensionError, MissingVariableError, OptionError, list_names
 from xr_aimz.fits import Fit
 from xr_aimz.kernel import predictive
@@ -24,7 +24,7 @@ from xr_aimz.prediction.conditioning import Condition, align_condition, resolve_
 from xr_aimz.prediction.evaluation import build_lazy
 from xr_aimz.prediction.new_labels import known_label_masks
 from xr_aimz.prediction.scenarios import resolve_intervention
-from xr_aimz.prediction.spec import Prediction
+from xr_aimz.prediction.spec import Prediction, Tracer
 from xr_aimz.prediction.statistics import parse_statistics, with_statistic_attrs
 from xr_aimz.provenance import ASSUMED
 
@@ -47,35 +47,35 @@ class PredictionRequest:
     assume_independent: str | Sequence[str] | None = None
 
 
-def prepare(ds: xr.Dataset, fit: Fit, question: PredictionRequest) -> Prediction:
+def prepare(ds: xr.Dataset, fit: Fit, request: PredictionRequest) -> Prediction:
     """Check a request and align its Dataset: return the Prediction to evaluate.
 
     Values that ``do`` sets, values of ``condition`` and masks of new labels are among its arrays.
     """
-    if question.new_labels not in ("raise", "sample"):
-        choices = list_names(("raise", "sample"), [question.new_labels])
-        raise OptionError(f"new_labels={question.new_labels!r}: there are {choices}")
+    if request.new_labels not in ("raise", "sample"):
+        choices = list_names(("raise", "sample"), [request.new_labels])
+        raise OptionError(f"new_labels={request.new_labels!r}: there are {choices}")
     inputs = align(fit.binding, ds, outcomes=False)
     check_sizes(fit.binding, inputs)
     prediction = Prediction(
         fit,
         inputs,
-        thin_draws(fit.posterior, question.draws),
+        thin_draws(fit.posterior, request.draws),
         predictive,
-        _select_sites(fit, question.sites),
-        parse_seed(question.seed),
-        () if question.summary is None else parse_statistics(question.summary),
-        assumed=check_observation_dims(fit, question.assume_independent),
+        _select_sites(fit, request.sites),
+        parse_seed(request.seed),
+        () if request.summary is None else parse_statistics(request.summary),
+        assumed=check_observation_dims(fit, request.assume_independent),
     )
-    if question.do is not None:
-        prediction = _with_intervention(ds, prediction, question, question.do)
-    if question.new_labels == "sample":
+    if request.do is not None:
+        prediction = _with_intervention(ds, prediction, request, request.do)
+    if request.new_labels == "sample":
         masks = known_label_masks(prediction.posterior, fit.sites, fit.binding, prediction.inputs)
         prediction = replace(prediction, inputs=_add_arrays(prediction.inputs, masks))
     return (
         prediction
-        if question.condition is None
-        else _with_condition(ds, prediction, question.condition)
+        if request.condition is None
+        else _with_condition(ds, prediction, request.condition)
     )
 
 
@@ -124,13 +124,19 @@ def result_attrs(prediction: Prediction) -> dict[str, dict[str, Any]]:
     for name in prediction.sites:
         argument = fit.sites[name].obs_argument
         variable_attrs = {} if argument is None else dict(fit.attrs[argument])
-        attrs[result_name(fit.binding, fit.sites[name])] = variable_attrs
+        attrs[fit.sites[name].variable] = variable_attrs
     return attrs
 
 
-def build_result(ds: xr.Dataset, prediction: Prediction, attrs: Attrs, verb: str) -> xr.Dataset:
+def build_result(
+    ds: xr.Dataset,
+    prediction: Prediction,
+    attrs: Attrs,
+    verb: str,
+    tracer: Tracer | None = None,
+) -> xr.Dataset:
     """Build the lazy Dataset of a Prediction: coordinates, attrs, and a line of history."""
-    result = build_lazy(prediction)
+    result = build_lazy(prediction, tracer or Tracer())
     if prediction.statistics:
         result = with_statistic_attrs(result, prediction.statistics, attrs)
     else:
@@ -170,7 +176,7 @@ def _select_sites(fit: Fit, sites: str | Sequence[str] | None) -> tuple[str, ...
         return tuple(n for n, s in fit.sites.items() if s.kind in ("observed", "deterministic"))
     names = (sites,) if isinstance(sites, str) else tuple(sites)
     by_name = {n: n for n, s in fit.sites.items() if s.kind != "param"}
-    by_name = {result_name(fit.binding, fit.sites[n]): n for n in by_name} | by_name
+    by_name = {fit.sites[n].variable: n for n in by_name} | by_name
     unknown = [n for n in names if n not in by_name]
     if unknown or not names:
         raise MissingVariableError(

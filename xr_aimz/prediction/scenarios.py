@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from xr_aimz.binding import AlignedInputs, Binding, dims_in_dataset, result_name
+from xr_aimz.binding import AlignedInputs, Binding
 from xr_aimz.errors import DimensionError, InterventionError, LabelError
 from xr_aimz.fits import Fit, explain_failure
 from xr_aimz.kernel import ScenarioSet, TargetChange, ValueRef, dims_replaced
@@ -160,8 +160,8 @@ def parse_do(
     MissingVariableError, InterventionError, LabelError, DimensionError, UnitsError, DtypeError
     """
     named = _parse_scenarios(do)
-    model_names = {d for s in fit.sites.values() for d in dims_in_dataset(s, fit.binding)}
-    model_names |= {result_name(fit.binding, s) for s in fit.sites.values()}
+    model_names = {d for s in fit.sites.values() for d in s.dataset_dims}
+    model_names |= {s.variable for s in fit.sites.values()}
     taken_names = {*map(str, ds.dims), *inputs.sizes, *model_names, "chain", "draw"}
     if None not in named and SCENARIO in taken_names:
         raise DimensionError(

@@ -13,10 +13,10 @@ import xarray as xr
 
 from xr_aimz.binding import (
     AlignedInputs,
+    assign_variables,
     block_of,
     jax_dtype,
     probe_sizes,
-    result_name,
     shape_in_model,
 )
 from xr_aimz.fits import Fit, explain_failure
@@ -35,6 +35,27 @@ from xr_aimz.prediction.recursion import Dependence, find_dependences
 from xr_aimz.prediction.scenarios import Intervention
 from xr_aimz.prediction.statistics import Statistic
 from xr_aimz.tracing import Site, dependencies, trace_lock
+
+
+class Tracer:
+    """Traces a Prediction, and chooses the sizes to which its blocks are padded.
+
+    A served fit has a tracer of its own, which keeps traces from request to request.
+    """
+
+    def trace(
+        self, prediction: Prediction, sizes: Mapping[str, int]
+    ) -> tuple[dict[str, Any], str]:
+        """Trace one draw of a block of ``sizes``: return output structs and the program's name."""
+        return prediction.trace(sizes)
+
+    def dependences(self, prediction: Prediction, dim: str) -> Mapping[str, Dependence]:
+        """Find what the returned and the sampled sites depend on along a dimension."""
+        return prediction.dependences(dim)
+
+    def padded_sizes(self, prediction: Prediction, plan: ChunkPlan) -> dict[str, int]:
+        """Return the sizes to which blocks are padded, so that one program serves all of them."""
+        return {d: plan.largest(d) for d in prediction.fit.binding.block_dims}
 
 
 @dataclass(frozen=True)
@@ -76,7 +97,7 @@ class Prediction:
         )
 
         def has_draws(name: str, site: Site) -> bool:
-            return name not in resampled and result_name(self.fit.binding, site) in self.posterior
+            return name not in resampled and site.variable in self.posterior
 
         return tuple(
             name
@@ -90,7 +111,7 @@ class Prediction:
         cell = self._cell
         sizes = cell.inputs.sizes
         with explain_failure(self.fit, self.inputs, sizes):
-            return distribution_info(cell.program, sizes, *cell.structs(sizes, drawn=True))
+            return distribution_info(cell.program, sizes, *cell.structs(sizes, with_sampled=True))
 
     def dependences(self, dim: str) -> Mapping[str, Dependence]:
         """Find what the returned and the sampled sites depend on along a dimension."""
@@ -103,11 +124,15 @@ class Prediction:
         cell = unconditioned._cell
         probe = probe_sizes(cell.fit.binding, cell.inputs.sizes)
         try:
-            return find_dependences(cell.program, probe, dim, *cell.structs(probe, drawn=True))
+            return find_dependences(
+                cell.program, probe, dim, *cell.structs(probe, with_sampled=True)
+            )
         except Exception:
             # Sizes are hard-coded in the model; with them, two dims may have the same length.
             sizes = cell.inputs.sizes
-            return find_dependences(cell.program, sizes, dim, *cell.structs(sizes, drawn=True))
+            return find_dependences(
+                cell.program, sizes, dim, *cell.structs(sizes, with_sampled=True)
+            )
 
     @property
     def _cell(self) -> Prediction:
@@ -116,7 +141,8 @@ class Prediction:
         if not per:
             return self
         first = dict.fromkeys(per, 0)
-        fit = replace(self.fit, binding=self.fit.binding.of_cell())
+        binding = self.fit.binding.of_cell()
+        fit = replace(self.fit, binding=binding, sites=assign_variables(self.fit.sites, binding))
         posterior = self.posterior.isel(first, drop=True, missing_dims="ignore")
         return replace(self, fit=fit, inputs=self.inputs.of_cell(per), posterior=posterior)
 
@@ -143,11 +169,11 @@ class Prediction:
         return (*statistic_dims, "chain", "draw", *self.program.leading)
 
     def structs(
-        self, sizes: Mapping[str, int], *, drawn: bool = False
+        self, sizes: Mapping[str, int], *, with_sampled: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Make structs of a kernel's arguments, for one draw of a block of ``sizes``.
 
-        With ``drawn``, the sites that the kernel would sample are passed in, as latents are.
+        With ``with_sampled``, sites that the kernel would sample are passed in, as latents are.
         """
         binding = self.fit.binding
 
@@ -158,7 +184,7 @@ class Prediction:
 
         key_struct = jax.ShapeDtypeStruct((2,), np.uint32)
         latents = {name: struct(a) for name, a in self.latents.items()}
-        for name in self.sampled_sites if drawn else ():
+        for name in self.sampled_sites if with_sampled else ():
             site = self.fit.sites[name]
             cells = tuple(sizes[d] for d in binding.per)
             shape = cells + shape_in_model(site, binding, sizes)
@@ -175,20 +201,16 @@ class Prediction:
             "latents": latents,
         }, shared
 
-    def traced(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], str]:
+    def trace(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], str]:
         """Trace one draw of a block of ``sizes``: return output structs and the program's name."""
         block = block_of(self.fit.binding, sizes)
         with explain_failure(self.fit, self.inputs, sizes):
             return trace_outputs(self.factory(self.program, sizes), block, *self.structs(sizes))
 
-    def padded_sizes(self, cut: ChunkPlan) -> dict[str, int]:
-        """Return the sizes to which blocks are padded, so that one program serves all of them."""
-        return {d: cut.largest(d) for d in self.fit.binding.block_dims}
-
     def inputs_of(self, site: str) -> set[str]:
         """Find the keys of arrays and the names of sites that a site depends on."""
         sizes = self.inputs.sizes
-        draw, shared = self.structs(sizes, drawn=True)
+        draw, shared = self.structs(sizes, with_sampled=True)
         kernel = self.factory(self.program, sizes)
 
         def site_value(**by_name: Any) -> Any:

@@ -69,8 +69,8 @@ class Site:
     ``None`` marks an axis of size 1 that only broadcasts. ``lengths`` are the observation
     dimensions from whose sizes the model computes the length of an axis of the site that is no
     dimension. ``density_inputs`` are the arguments that its density is computed from,
-    ``observed_inputs`` those that
-    its observed value is computed from.
+    ``observed_inputs`` those that its observed value is computed from. ``variable`` and
+    ``dataset_dims`` are its name and its dims in a Dataset, once the model is bound.
     """
 
     name: str
@@ -88,6 +88,8 @@ class Site:
     lengths: frozenset[str] = frozenset()
     density_inputs: frozenset[str] = frozenset()
     observed_inputs: frozenset[str] = frozenset()
+    variable: str = ""
+    dataset_dims: tuple[str, ...] = ()
 
     @property
     def batch_ndim(self) -> int:
