@@ -10,6 +10,7 @@ from numpyro.contrib.control_flow import scan
 
 from xr_aimz.kernel.spec import KernelSpec
 from xr_aimz.prediction.dependence import descendants, site_parents
+from xr_aimz.tracing.dataflow import Node
 
 
 def arrows(model, draws, **options):
@@ -32,15 +33,20 @@ def test_parents_are_one_step_away():
     draws = {"a": np.ones((1, 1)), "b": np.ones((1, 1)), "m": np.ones((1, 1, 4))}
     found = arrows(model, draws)
     assert found == {
-        "site a": frozenset(),
-        "site b": {"site a"},
-        "site m": {"site b", "array x"},
-        "site shown": {"site m", "array z"},
-        "site y": {"site m"},
+        Node("site", "a"): frozenset(),
+        Node("site", "b"): {Node("site", "a")},
+        Node("site", "m"): {Node("site", "b"), Node("array", "x")},
+        Node("site", "shown"): {Node("site", "m"), Node("array", "z")},
+        Node("site", "y"): {Node("site", "m")},
     }
-    assert descendants(found, {"site a"}) == {"site b", "site m", "site shown", "site y"}
-    assert descendants(found, {"site a"}, {"site m"}) == {"site b"}
-    assert descendants(found, {"site y"}) == set()
+    assert descendants(found, {Node("site", "a")}) == {
+        Node("site", "b"),
+        Node("site", "m"),
+        Node("site", "shown"),
+        Node("site", "y"),
+    }
+    assert descendants(found, {Node("site", "a")}, {Node("site", "m")}) == {Node("site", "b")}
+    assert descendants(found, {Node("site", "y")}) == set()
 
 
 def test_steps_of_a_scan_are_told_apart():
@@ -57,5 +63,5 @@ def test_steps_of_a_scan_are_told_apart():
 
     draws = {"drift": np.ones((1, 1)), "level": np.ones((1, 1, 4))}
     found = arrows(model, draws, core_dim="time")
-    assert found["site level"] == {"site drift", "array z"}
-    assert found["site y"] == {"site level", "array x"}
+    assert found[Node("site", "level")] == {Node("site", "drift"), Node("array", "z")}
+    assert found[Node("site", "y")] == {Node("site", "level"), Node("array", "x")}

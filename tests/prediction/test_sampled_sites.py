@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 
 from xr_aimz.binding.alignment import align
-from xr_aimz.kernel.spec import CONDITION, KNOWN
+from xr_aimz.kernel.spec import condition_key, known_key
 from xr_aimz.prediction.missing_inputs import SampledSites, is_empty_mask
 
 
@@ -38,7 +38,7 @@ def found(ds, fit, **given):
     for name, mask in given.items():
         value = xr.DataArray(np.zeros(4), dims="time")
         known = xr.DataArray(np.array(mask, bool), dims="time")
-        more = {CONDITION + name: value, KNOWN + name: known}
+        more = {condition_key(name): value, known_key(name): known}
         inputs = replace(inputs, arrays={**inputs.arrays, **more})
     drawing = SampledSites(fit, inputs, ("a", "b", "n"))
     (argument,) = fit.binding.inputs

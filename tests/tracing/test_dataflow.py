@@ -15,7 +15,8 @@ INPUTS = {name: np.float32(0.3 * i + 0.1) for i, name in enumerate("abcd")}
 
 
 def found(call):
-    return {n: set(names) for n, names in dependencies(call, INPUTS).items()}
+    results = dependencies(lambda array: call(**array), array=INPUTS)
+    return {n: {node.name for node in nodes} for n, nodes in results.items()}
 
 
 def test_what_is_computed_from_what():

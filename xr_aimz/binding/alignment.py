@@ -66,6 +66,17 @@ class AlignedInputs:
         sizes = {d: n for d, n in self.sizes.items() if d not in per}
         return replace(self, arrays=arrays, sizes=sizes)
 
+    def load(self, part: Mapping[str, slice] | None = None) -> dict[str, xr.Variable]:
+        """Load the arrays into memory, or a part of them, at slices along dims."""
+        slices = part or {}
+        # One Dataset, so that dask reads chunks that variables share only once.
+        numbered = {
+            f"array {i}": a.variable.isel({d: s for d, s in slices.items() if d in a.dims})
+            for i, a in enumerate(self.arrays.values())
+        }
+        loaded = xr.Dataset(numbered).compute()
+        return {key: loaded[n].variable for key, n in zip(self.arrays, numbered, strict=True)}
+
     @property
     def dims(self) -> dict[str, tuple[str, ...]]:
         return {name: tuple(map(str, a.dims)) for name, a in self.arrays.items()}

@@ -27,6 +27,11 @@ _MAX_ERROR = 1e-3
 _NOISE_SHARE = 2.0**-40
 
 
+def as_jax_arrays(binding: Binding, loaded: Mapping[str, xr.Variable]) -> dict[str, np.ndarray]:
+    """Convert loaded arrays to dtypes of JAX, as :func:`as_jax_array` does."""
+    return {key: as_jax_array(binding.variables[key], a.values) for key, a in loaded.items()}
+
+
 @dataclass(frozen=True, eq=False)
 class Precision:
     """Requirement that rounding to JAX's float dtype is small against the spread of an array.

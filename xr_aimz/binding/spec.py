@@ -115,6 +115,11 @@ class Binding:
         )
         return replace(self, arguments=stripped)
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """Name of the variable of each source key."""
+        return {s.key: s.name for a in self.arguments for s in a.sources}
+
     def of_cell(self) -> Binding:
         """Return the binding of one cell of ``per``, whose arrays lack these dims."""
         cell_arguments = tuple(

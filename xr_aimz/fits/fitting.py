@@ -19,7 +19,7 @@ from xr_aimz.binding import (
     BoundModel,
     Requirement,
     arrange,
-    as_jax_array,
+    as_jax_arrays,
     bind,
     block_of,
     check_in_memory,
@@ -385,7 +385,7 @@ def build_problem(
     if streamed:
         to_load, sd = sample_missing(bound.binding, bound.inputs, find_cast)
     check_memory(bound.binding, to_load.arrays)
-    loaded = _load(to_load)
+    loaded = to_load.load()
     if not streamed:
         sd = measure_sd(bound.binding, bound.inputs, loaded, find_cast)
         raw = {key: a.values for key, a in loaded.items()}
@@ -439,7 +439,7 @@ def _fit_cells(
     find_cast = partial(find_integers_cast, program, bound.inputs, {})
     sd = measure_sd(bound.binding, bound.inputs, variables, find_cast)
     for cell in cells_with_missing(bound.binding, bound.inputs):
-        _mask_missing(bound, cell, _to_device(bound.binding, _load(cell)))
+        _mask_missing(bound, cell, _to_device(bound.binding, cell.load()))
     plan = plan_cell_fits(replace(bound, model=model), method, seed, select_deterministics(bound))
     cells: CellStore = InMemoryCells(plan) if store is None else ZarrCells(plan, store)
     draws = fit_cells(plan, cells, lazy_checks, progress=progress)
@@ -456,16 +456,8 @@ def _mask_missing(
     return prepare_masked(bound.model, bound.binding, bound.sites, arguments, block)
 
 
-def _load(inputs: AlignedInputs) -> dict[str, xr.Variable]:
-    # One Dataset, so that dask reads chunks that variables share only once.
-    numbered = {f"array {i}": a.variable for i, a in enumerate(inputs.arrays.values())}
-    loaded = xr.Dataset(numbered).compute()
-    return {key: loaded[n].variable for key, n in zip(inputs.arrays, numbered, strict=True)}
-
-
 def _to_device(binding: Binding, loaded: Mapping[str, xr.Variable]) -> dict[str, jax.Array]:
-    names = {s.key: s.name for a in binding.arguments for s in a.sources}
-    return {k: jnp.asarray(as_jax_array(names[k], v.values)) for k, v in loaded.items()}
+    return {key: jnp.asarray(a) for key, a in as_jax_arrays(binding, loaded).items()}
 
 
 def _record_options(fitted: Fit, method: Any, options: Mapping[str, Any], seed: int) -> Fit:

@@ -32,7 +32,7 @@ def check_memory(
     MemoryLimitError
         The message has the sizes, and the minibatch fit to use instead.
     """
-    names = {s.key: s.name for a in binding.arguments for s in a.sources}
+    names = binding.variables
     # One variable may serve two arguments, and is read once.
     lazy = {names[key]: a.nbytes for key, a in arrays.items() if not a.variable._in_memory}
     free = available_memory() if free is None else free

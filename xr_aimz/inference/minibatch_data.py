@@ -374,7 +374,7 @@ def make_reader(
     requirements : tuple of Requirement
         Requirements on the values of lazy arrays.
     """
-    names = {s.key: s.name for a in binding.arguments for s in a.sources}
+    names = binding.variables
     weights = []
     for array in inputs.arrays.values():
         static_size = prod(n for d, n in array.sizes.items() if d not in sizes)

@@ -24,7 +24,7 @@ from xr_aimz.binding import (
     Binding,
     BoundModel,
     Requirement,
-    as_jax_array,
+    as_jax_arrays,
     block_of,
     check_values,
     jax_dtype,
@@ -208,31 +208,14 @@ def fit_cells(
     checks = resize(requirements, blocks)
     with tqdm(total=prod(plan.sizes), desc="cells", disable=not progress) as bar:
         for block in plan.places(store.block):
-            loaded = _load(plan.bound, block)
-            check_values(
-                checks, part_block(inputs, loaded, dict(zip(per, block.slices, strict=True)))
-            )
+            part = dict(zip(per, block.slices, strict=True))
+            loaded = as_jax_arrays(plan.bound.binding, inputs.load(part))
+            check_values(checks, part_block(inputs, loaded, part))
             data = _digest(loaded)
             if not store.holds(block, data):
                 store.put(block, data, _fit_block(plan, block, loaded))
             bar.update(prod(s.stop - s.start for s in block.slices))
     return _posterior_draws(plan, store.arrays())
-
-
-def _load(bound: BoundModel, block: CellBlock) -> Arrays:
-    """Load the arrays of a block into memory, in JAX's dtypes."""
-    slices = dict(zip(bound.binding.per, block.slices, strict=True))
-    variables = {
-        f"array {i}": a.isel({d: s for d, s in slices.items() if d in a.dims}).variable
-        for i, a in enumerate(bound.inputs.arrays.values())
-    }
-    # One Dataset, so that dask computes tasks that variables share only once.
-    loaded = xr.Dataset(variables).compute()
-    names = {s.key: s.name for a in bound.binding.arguments for s in a.sources}
-    return {
-        key: as_jax_array(names[key], loaded[number].values)
-        for key, number in zip(bound.inputs.arrays, variables, strict=True)
-    }
 
 
 def _digest(arrays: Arrays) -> str:

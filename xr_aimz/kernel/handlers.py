@@ -19,7 +19,7 @@ from xr_aimz.binding import (
     shape_in_model,
 )
 from xr_aimz.errors import ModelError, RandomnessError
-from xr_aimz.kernel.spec import CONDITION, KNOWN, Addresses, Dims, KernelSpec
+from xr_aimz.kernel.spec import Addresses, Dims, KernelSpec, condition_key, known_key
 from xr_aimz.random import Words, combine_axes, position_hashes, sample, step_key
 from xr_aimz.tracing import Block, Site
 
@@ -90,9 +90,9 @@ def fixed_values(
             dims, array = program.dims[key], arrays[key]
             return broadcast_in_model(array, dims, site, program.binding, block.sizes)
 
-        mask = to_model_axes(KNOWN + name) if KNOWN + name in arrays else True
-        if CONDITION + name in arrays:
-            fixed[name] = (to_model_axes(CONDITION + name), mask)
+        mask = to_model_axes(known_key(name)) if known_key(name) in arrays else True
+        if condition_key(name) in arrays:
+            fixed[name] = (to_model_axes(condition_key(name)), mask)
         elif mask is not True:
             shape = shape_in_model(site, program.binding, block.sizes)
             fixed[name] = (jnp.reshape(draw["latents"][name], shape), mask)

@@ -24,7 +24,7 @@ from xr_aimz.binding import (
     shape_in_model,
 )
 from xr_aimz.kernel.program import site_readout
-from xr_aimz.kernel.spec import CONDITION, KNOWN, Dims, KernelSpec
+from xr_aimz.kernel.spec import ArrayKey, Dims, KernelSpec, known_key
 from xr_aimz.random import cell_parameters
 from xr_aimz.tracing import (
     Obstacle,
@@ -155,8 +155,12 @@ def zero_probe(
 
 def _model_inputs(inputs: AlignedInputs) -> dict[str, xr.DataArray]:
     """Return the inputs without values of sites: in a probe every site has values of its own."""
-    prefixes = (CONDITION, KNOWN)
-    return {key: a for key, a in inputs.arrays.items() if not key.startswith(prefixes)}
+    of_sites = ("condition", "known")
+    return {
+        key: a
+        for key, a in inputs.arrays.items()
+        if not (isinstance(key, ArrayKey) and key.kind in of_sites)
+    }
 
 
 def _usable_draws(
@@ -166,7 +170,7 @@ def _usable_draws(
     return {
         name: array
         for name, array in latents.items()
-        if array.chunks is None and KNOWN + name not in inputs.arrays
+        if array.chunks is None and known_key(name) not in inputs.arrays
     }
 
 
@@ -201,7 +205,7 @@ def make_probes(
     """
     rng = np.random.default_rng(0)
     entries = {d: _choose_entries(inputs.sizes[d], sizes[d], rng) for d in program.binding.dims}
-    names = {s.key: s.name for a in program.binding.arguments for s in a.sources}
+    names = program.binding.variables
     arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
     for key, array in _model_inputs(inputs).items():
         source = array if array.chunks is None else seen.get(names.get(key, key))

@@ -20,11 +20,48 @@ Kernel = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, jax.Array]]
 # "params": {site: pytree}}.
 # NumPyro's own key is used only by calls without an address: numpyro.prng_key() in a network.
 UNADDRESSED = "numpyro.prng_key"
-# Prefixes of a site's name in "arrays": its conditioned value, and the mask of the cells in
-# which that is known. No source has such a key, for an argument's name has no space. Without
-# the first, the draws of the posterior are the value; without the second, it is known in all
-# cells.
-CONDITION, KNOWN = "condition ", "known "
+
+
+class ArrayKey(str):
+    """Key of an array that no argument is bound to; that of an argument is a plain source key.
+
+    A string, which no source has for its key: an argument's name has no space. Names in graphs
+    go by these strings, so that they stay as they are.
+
+    Parameters
+    ----------
+    kind : {"condition", "known", "do"}
+        The conditioned value of a site; the mask of the cells in which a site is fixed, to that
+        value or to the draws of the posterior, all of them where there is no mask; or a value
+        of ``do``.
+    name : str
+        The site, or the target of ``do``.
+    number : int, optional
+        The number of a value of ``do``.
+    """
+
+    kind: str
+    name: str
+    number: int | None
+
+    def __new__(cls, kind: str, name: str, number: int | None = None) -> ArrayKey:
+        words = (kind, name) if number is None else (kind, str(number), name)
+        key = super().__new__(cls, " ".join(words))
+        key.kind, key.name, key.number = kind, name, number
+        return key
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self.kind, self.name, self.number
+
+
+def condition_key(site: str) -> ArrayKey:
+    """Return the key of a site's conditioned value."""
+    return ArrayKey("condition", site)
+
+
+def known_key(site: str) -> ArrayKey:
+    """Return the key of the mask of the cells in which a site is fixed."""
+    return ArrayKey("known", site)
 
 
 @dataclass(frozen=True)

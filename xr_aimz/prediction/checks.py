@@ -24,19 +24,19 @@ from xr_aimz.binding import (
 from xr_aimz.errors import ModelError
 from xr_aimz.fits import Fit
 from xr_aimz.kernel import (
-    CONDITION,
-    KNOWN,
     CouplingProblem,
     KernelSpec,
     PositionKernel,
     ScenarioSet,
     Verdict,
+    condition_key,
     find_coupling_at_any_length,
     find_index_ranges,
     find_integers_cast,
     find_outcome_supports,
     find_supports,
     function_obstacle,
+    known_key,
     raise_if_coupled,
     raise_not_cellwise,
     site_layout,
@@ -68,9 +68,9 @@ def collect_requirements(
             text, name = descriptions[key]
             requirements.append(Precision(key, text, fit.data_sd.get(name), fit.binding.per))
     condition_texts = {
-        site: conditions[CONDITION + site][0]
+        site: conditions[condition_key(site)][0]
         for site in fit.sites
-        if CONDITION + site in inputs.arrays
+        if condition_key(site) in inputs.arrays
     }
     requirements += require_same_values(fit.binding)
     requirements += find_supports(program, inputs, fit.params, condition_texts)
@@ -103,19 +103,19 @@ _Descriptions = dict[str, tuple[str, str]]
 
 
 def _describe_inputs(fit: Fit) -> _Descriptions:
-    names = {s.key: s.name for a in fit.binding.arguments for s in a.sources}
+    names = fit.binding.variables
     return {k: (text, names[k]) for k, text in describe_variables(fit.binding).items()}
 
 
 def _describe_conditions(fit: Fit) -> _Descriptions:
     names = {n: s.variable for n, s in fit.sites.items()}
-    return {CONDITION + site: (f"condition={name!r}", name) for site, name in names.items()}
+    return {condition_key(site): (f"condition={name!r}", name) for site, name in names.items()}
 
 
 def _describe_do_values(fit: Fit, scenarios: ScenarioSet | None) -> _Descriptions:
     if scenarios is None:
         return {}
-    arguments = {s.key: s.name for a in fit.binding.arguments for s in a.sources}
+    arguments = fit.binding.variables
     sites = {n: s.variable for n, s in fit.sites.items()}
     changes = [(arguments[c.target], c) for c in scenarios.arguments]
     changes += [(sites[c.target], c) for c in scenarios.sites]
@@ -164,7 +164,7 @@ def check_same_in_all_blocks(prediction: Prediction, cut: ChunkPlan) -> None:
                 f"label: with xr_aimz.plate({lengths[0]!r})"
             )
     # A whole block depends on what a scan samples, whether the site is returned or not.
-    masked = [n for n in prediction.latents if KNOWN + n in prediction.inputs.arrays]
+    masked = [n for n in prediction.latents if known_key(n) in prediction.inputs.arrays]
     for name in dict.fromkeys((*prediction.sites, *prediction.sampled_sites, *masked)):
         site = fit_sites[name]
         dims = site.dataset_dims

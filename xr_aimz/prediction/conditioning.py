@@ -25,7 +25,7 @@ from xr_aimz.errors import (
     OptionError,
     list_names,
 )
-from xr_aimz.kernel import CONDITION, KNOWN
+from xr_aimz.kernel import condition_key, known_key
 from xr_aimz.prediction.dependence import DistributionInfo, check_not_informative, scan_dim
 from xr_aimz.tracing import Site
 
@@ -143,16 +143,16 @@ def align_condition(
     free_masks: dict[str, xr.DataArray | None] = {
         n: None for n in sampled_sites if n not in conditioned
     }
-    free_masks |= {n: ~inputs.arrays[KNOWN + n] for n in sites if KNOWN + n in inputs.arrays}
+    free_masks |= {n: ~inputs.arrays[known_key(n)] for n in sites if known_key(n) in inputs.arrays}
     for name, array in conditioned.items():
         values = _check_integers(name, array) if origin[name].discrete else array
         values, label_mask = _align_values(name, values, sites[name], binding, inputs)
-        arrays[CONDITION + name] = values
+        arrays[condition_key(name)] = values
         mask = _make_value_mask(values, label_mask)
         if mask is None:
             value_masks[name] = None
             continue
-        arrays[KNOWN + name] = _check_mask(name, mask, sites[name], origin[name], binding)
+        arrays[known_key(name)] = _check_mask(name, mask, sites[name], origin[name], binding)
         # A lazy mask is not computed: any labelled cell may have a value, and any may be free.
         is_lazy = mask.chunks is not None
         value_masks[name], free_masks[name] = (label_mask, None) if is_lazy else (mask, ~mask)

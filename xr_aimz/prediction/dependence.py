@@ -28,9 +28,9 @@ from xr_aimz.binding import (
 from xr_aimz.errors import ModelError
 from xr_aimz.fits import Fit
 from xr_aimz.kernel import KernelSpec, distributions
-from xr_aimz.tracing import Site, dependencies, trace_lock
+from xr_aimz.tracing import Node, Site, dependencies, trace_lock
 
-Parents = Mapping[str, frozenset[str]]
+Parents = Mapping[Node, frozenset[Node]]
 
 
 def site_graph(fit: Fit, inputs: AlignedInputs, arrays: Mapping[str, xr.DataArray]) -> Parents:
@@ -64,38 +64,33 @@ def site_parents(
 
     Returns
     -------
-    mapping of ``"site {name}"`` to frozenset
-        Names ``"array {key}"`` and ``"site {name}"``. A deterministic is replaced by its parents.
+    mapping of Node to frozenset of Node
+        Nodes of kinds ``"array"`` and ``"site"``. A deterministic is replaced by its parents.
     """
     block = block_of(program.binding, sizes)
-    sampled = [s for s in program.sites.values() if s.kind in ("latent", "observed")]
-    site_structs = {
-        f"site {s.name}": jax.ShapeDtypeStruct(
-            shape_in_model(s, program.binding, block.sizes), s.dtype
-        )
-        for s in sampled
+    sampled = {
+        s.name: jax.ShapeDtypeStruct(shape_in_model(s, program.binding, block.sizes), s.dtype)
+        for s in program.sites.values()
+        if s.kind in ("latent", "observed")
     }
 
-    def trace_parts(**named: Any) -> dict[str, Any]:
-        values = dict(params) | {s.name: named[f"site {s.name}"] for s in sampled}
-        arrays_by_key = {key: named[f"array {key}"] for key in arrays}
-        arguments = arrange(program.binding, arrays_by_key, program.dims, block)
+    def trace_parts(array: Mapping[str, Any], site: Mapping[str, Any]) -> dict[str, Any]:
+        values = {**params, **site}
+        arguments = arrange(program.binding, array, program.dims, block)
         seeded = handlers.seed(program.model, jax.random.key(0))
         trace = handlers.trace(handlers.substitute(seeded, data=values)).get_trace(**arguments)
         return {
-            f"site {name}": _get_distribution_parts(message)
+            name: _get_distribution_parts(message)
             for name, message in trace.items()
             if name in program.sites and message["type"] != "param"
         }
 
     with trace_lock(block):
-        sources = dependencies(
-            trace_parts,
-            {**site_structs, **{f"array {key}": struct for key, struct in arrays.items()}},
-        )
+        nodes = dependencies(trace_parts, array=arrays, site=sampled)
     return {
-        name: frozenset().union(*jax.tree.leaves(leaves, is_leaf=_is_set)) - {name}
-        for name, leaves in sources.items()
+        Node("site", name): frozenset().union(*jax.tree.leaves(leaves, is_leaf=_is_set))
+        - {Node("site", name)}
+        for name, leaves in nodes.items()
     }
 
 
@@ -117,10 +112,10 @@ def _get_distribution_parts(message: Mapping[str, Any]) -> Any:
 
 
 def descendants(
-    parents: Parents, targets: Iterable[str], cut: Collection[str] = frozenset()
-) -> frozenset[str]:
+    parents: Parents, targets: Iterable[Node], cut: Collection[Node] = frozenset()
+) -> frozenset[Node]:
     """Return the nodes that the targets reach, less the targets; ``cut`` nodes are not reached."""
-    reached: set[str] = set()
+    reached: set[Node] = set()
     front = set(targets)
     while front:
         children = {name for name, nodes in parents.items() if nodes & front} - set(cut)
@@ -169,21 +164,22 @@ def distribution_info(
     """
     kernel = distributions(program, sizes)
     kinds: dict[str, tuple[bool, int]] = {}
-    # Inputs that are not sites, under names that no site can have.
-    other_inputs = {"\0keys": draw["keys"], "\0arrays": shared}
 
-    def leaves(**named: Any) -> dict[str, Any]:
-        latents = {name: named[name] for name in draw["latents"]}
-        by_site = kernel({"keys": named["\0keys"], "latents": latents}, named["\0arrays"])
+    def leaves(
+        keys: Mapping[str, Any], shared: Mapping[str, Any], site: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        by_site = kernel({"keys": keys, "latents": site}, shared)
         kinds.update(
             {name: (bool(fn.is_discrete), _count_joint_axes(fn)) for name, fn in by_site.items()}
         )
         return {name: jax.tree.leaves(fn) for name, fn in by_site.items()}
 
     with trace_lock(block_of(program.binding, sizes)):
-        sources = dependencies(leaves, {**draw["latents"], **other_inputs})
+        sources = dependencies(leaves, keys=draw["keys"], shared=shared, site=draw["latents"])
     return {
-        name: DistributionInfo(frozenset().union(*parts) - set(other_inputs), *kinds[name])
+        name: DistributionInfo(
+            frozenset(n.name for part in parts for n in part if n.kind == "site"), *kinds[name]
+        )
         for name, parts in sources.items()
     }
 

@@ -24,8 +24,8 @@ from xr_aimz.binding import (
 )
 from xr_aimz.fits import Fit, cells_with_draws
 from xr_aimz.kernel import (
-    KNOWN,
     find_coupling,
+    known_key,
     may_take_by_position,
     scan_lengths,
 )
@@ -114,7 +114,7 @@ def _trace_checked(
         ranges = collect_index_ranges(fit, inputs, prediction.position_kernel, name)
         lazy_requirements += check_in_memory(ranges, inputs)
     if _may_have_recursion(prediction, name):
-        masked = [n for n in prediction.latents if KNOWN + n in inputs.arrays]
+        masked = [n for n in prediction.latents if known_key(n) in inputs.arrays]
         sampled = (*prediction.sampled_sites, *masked)
         dependences = partial(tracer.dependences, prediction)
         check_recursions(fit, inputs, prediction.sites, sampled, dependences)

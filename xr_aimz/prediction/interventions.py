@@ -26,7 +26,7 @@ from xr_aimz.errors import (
     list_names,
 )
 from xr_aimz.fits import Fit
-from xr_aimz.tracing import Site
+from xr_aimz.tracing import Node, Site
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Target:
     name: str
 
     @property
-    def node(self) -> str:
-        """Name of its node in the graph of the model."""
-        return f"{self.kind} {self.name}"
+    def node(self) -> Node:
+        """Node in the graph of the model."""
+        return Node(self.kind, self.name)
 
 
 def resolve_target(name: str, binding: Binding, sites: Mapping[str, Site]) -> tuple[Target, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import combinations
+from functools import cached_property, reduce
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ import xarray as xr
 from xr_aimz.binding import AlignedInputs, BoundArgument, VariableRef
 from xr_aimz.errors import MissingValueError
 from xr_aimz.fits import Fit, cells_with_draws, integers_as_floats
-from xr_aimz.kernel import CONDITION, KNOWN, ScenarioSet, TargetChange, ValueRef
+from xr_aimz.kernel import ScenarioSet, TargetChange, ValueRef, condition_key, known_key
 from xr_aimz.prediction.dependence import Parents, descendants, scan_dim, site_graph
-from xr_aimz.tracing import Site
+from xr_aimz.tracing import Node, Site
 
 
 def integer_placeholders(
@@ -61,16 +61,18 @@ class SampledSites:
         """
         result = _NOWHERE
         for scenario in range(self._count):
-            for path in self._ways(argument, source, site, scenario):
-                result = result | (self._untouched("arguments", source.key, scenario) & path)
-                if not result.dims and result.chunks is None and result.values:
-                    return result
+            reached = self._reached(argument, source, scenario).get(Node("site", site))
+            if reached is None:
+                continue
+            result = result | (self._untouched("arguments", source.key, scenario) & reached.cells)
+            if not result.dims and result.chunks is None and result.values:
+                return result
         return result
 
     def between(self, argument: BoundArgument, source: VariableRef, site: str) -> tuple[str, ...]:
         """Return the sites between an input and ``site``; none if the input is a parent of it."""
         graph = self._arrows(argument, source)
-        if f"array {source.key}" in graph[f"site {site}"]:
+        if Node("array", source.key) in graph[Node("site", site)]:
             return ()
         path = self._on_the_way(graph, source.key, site, self._ever)
         return tuple(n for n in path if n != site)
@@ -79,8 +81,8 @@ class SampledSites:
         """Return whether samples of ``site`` are returned, or a returned site depends on them."""
         if site not in self._ever or site in sites:
             return site in self._ever
-        reached = descendants(self._parents, {f"site {site}"}, self._closed(self._ever))
-        return any(f"site {n}" in reached for n in sites)
+        reached = descendants(self._parents, {Node("site", site)}, self._closed(self._ever))
+        return any(Node("site", n) in reached for n in sites)
 
     @property
     def _count(self) -> int:
@@ -97,61 +99,53 @@ class SampledSites:
 
     def _arrows(self, argument: BoundArgument, source: VariableRef) -> Parents:
         """Add to the graph the inputs that the fit found, where a distribution has no density."""
-        input_names = frozenset({f"array {source.key}"})
+        input_names = frozenset({Node("array", source.key)})
         return {
             node: parents | input_names if self._reads(node, argument) else parents
             for node, parents in self._parents.items()
         }
 
-    def _reads(self, node: str, argument: BoundArgument) -> bool:
-        return argument.name in self.fit.sites[node.removeprefix("site ")].density_inputs
+    def _reads(self, node: Node, argument: BoundArgument) -> bool:
+        return argument.name in self.fit.sites[node.name].density_inputs
 
-    def _ways(
-        self, argument: BoundArgument, source: VariableRef, site: str, scenario: int
-    ) -> Iterator[xr.Variable]:
-        """Yield, for each path from an input to a site, the cells where all its sites are free."""
-        graph, free_masks = self._arrows(argument, source), self._free[scenario]
-        always_free = {
-            n for n, mask in free_masks.items() if not mask.dims and mask.chunks is None
-        }
-        partly_free = [n for n in free_masks if n not in always_free]
-        minimal_subsets: list[set[str]] = []
-        for subset in (
-            set(c) for k in range(len(partly_free) + 1) for c in combinations(partly_free, k)
-        ):
-            if any(s <= subset for s in minimal_subsets):
-                continue
-            path_sites = self._on_the_way(graph, source.key, site, always_free | subset)
-            if site in path_sites:
-                minimal_subsets.append(subset)
-                separate_dims = self._apart(source, path_sites)
-                yield _intersect(
-                    [any_over_other_dims(free_masks[n], separate_dims) for n in sorted(subset)]
-                )
+    def _reached(
+        self, argument: BoundArgument, source: VariableRef, scenario: int
+    ) -> dict[Node, _Reached]:
+        """Find the sites that are sampled from an input, and from which of its cells."""
+        graph, binding = self._arrows(argument, source), self.fit.binding
+        dims = {d for d in binding.block_dims if d in self.inputs.arrays[source.key].dims}
+        whole_input = _Reached(frozenset(dims.difference(binding.core_dims)), _EVERYWHERE)
+        reached = {Node("array", source.key): whole_input}
+        free_masks = self._free[scenario]
+        # Sites are in the order of the model, so that one pass does; sites of a scan may be made
+        # from each other.
+        for _ in range(1 + sum(self.fit.sites[name].scanned for name in free_masks)):
+            for name, free_mask in free_masks.items():
+                node, site = Node("site", name), self.fit.sites[name]
+                parents = [reached[p] for p in sorted(graph[node]) if p in reached]
+                if parents:
+                    own_dims = set(site.dataset_dims) - {scan_dim(site, binding)}
+                    reached[node] = _join(parents, own_dims, free_mask)
+        return reached
 
     def _on_the_way(
         self, graph: Parents, key: str, site: str, passable: Collection[str]
     ) -> list[str]:
         closed = self._closed(passable)
-        reached = descendants(graph, {f"array {key}"}, closed)
+        reached = descendants(graph, {Node("array", key)}, closed)
         return [
             name
             for name in self.fit.sites
-            if f"site {name}" in reached
+            if Node("site", name) in reached
             and name in passable
-            and (name == site or f"site {site}" in descendants(graph, {f"site {name}"}, closed))
+            and (
+                name == site
+                or Node("site", site) in descendants(graph, {Node("site", name)}, closed)
+            )
         ]
 
-    def _closed(self, passable: Collection[str]) -> set[str]:
-        return {f"site {n}" for n in self.fit.sites if n not in passable}
-
-    def _apart(self, source: VariableRef, names: list[str]) -> set[str]:
-        """Return the dims along which a cell of each site depends on the same input cell only."""
-        binding, sites = self.fit.binding, [self.fit.sites[n] for n in names]
-        separate_dims = {d for d in binding.block_dims if d in self.inputs.arrays[source.key].dims}
-        for site in sites:
-            separate_dims &= set(site.dataset_dims) - {scan_dim(site, binding)}
-        return separate_dims - set(binding.core_dims)
+    def _closed(self, passable: Collection[str]) -> set[Node]:
+        return {Node("site", n) for n in self.fit.sites if n not in passable}
 
     @cached_property
     def _ever(self) -> set[str]:
@@ -174,8 +168,8 @@ class SampledSites:
     def _undecided(self, site: Site) -> xr.Variable:
         """Return the mask of the cells that have no value, conditioned or of the posterior."""
         arrays = self.inputs.arrays
-        known_mask = arrays.get(KNOWN + site.name)
-        if CONDITION + site.name not in arrays and site.name in self.sampled_sites:
+        known_mask = arrays.get(known_key(site.name))
+        if condition_key(site.name) not in arrays and site.name in self.sampled_sites:
             return _EVERYWHERE
         return _NOWHERE if known_mask is None else ~known_mask.variable
 
@@ -195,11 +189,22 @@ def is_empty_mask(mask: xr.Variable) -> bool:
     return mask.chunks is None and not mask.values.any()
 
 
-def _intersect(masks: list[xr.Variable]) -> xr.Variable:
-    result = _EVERYWHERE
-    for mask in masks:
-        result = result & mask
-    return result
+@dataclass(frozen=True)
+class _Reached:
+    """Cells of an input from which a site is sampled, directly or through other sites.
+
+    ``dims`` are those along which a cell of the site depends on the same cell of the input only.
+    """
+
+    dims: frozenset[str]
+    cells: xr.Variable
+
+
+def _join(parents: list[_Reached], dims: set[Any], free_mask: xr.Variable) -> _Reached:
+    """Make what a site with ``dims`` is sampled from, given its parents and its free cells."""
+    same_cell_dims = frozenset[str].intersection(*(p.dims for p in parents)) & dims
+    cells = reduce(or_, (p.cells for p in parents))
+    return _Reached(same_cell_dims, cells & any_over_other_dims(free_mask, same_cell_dims))
 
 
 def any_over_other_dims(mask: xr.Variable, dims: Collection[Hashable]) -> xr.Variable:

@@ -17,7 +17,7 @@ from xr_aimz.binding import (
     select_labels,
 )
 from xr_aimz.errors import LabelError, ModelError
-from xr_aimz.kernel import KNOWN
+from xr_aimz.kernel import known_key
 from xr_aimz.tracing import Site
 
 
@@ -56,7 +56,7 @@ def known_label_masks(
             dim_mask = xr.DataArray(indices >= 0, dims=dim)
             mask = dim_mask if mask is None else mask & dim_mask
         if mask is not None:
-            masks[KNOWN + name] = mask.transpose(*[d for d in binding.dims if d in mask.dims])
+            masks[known_key(name)] = mask.transpose(*[d for d in binding.dims if d in mask.dims])
     return masks
 
 
@@ -64,7 +64,7 @@ def posterior_draws(
     posterior: xr.Dataset, site: Site, binding: Binding, inputs: AlignedInputs
 ) -> xr.DataArray:
     """Select a latent's draws at the labels of the inputs; values at new labels are arbitrary."""
-    if KNOWN + site.name not in inputs.arrays:
+    if known_key(site.name) not in inputs.arrays:
         return select_labels(posterior, site, binding, inputs)
     positions = _find_positions(posterior, site, binding, inputs)
     labels = {**inputs.labels, **{d: posterior.indexes[d] for d in positions}}

@@ -15,7 +15,7 @@ from jax.extend.core import Jaxpr, Literal
 from xr_aimz.binding import AlignedInputs, block_of
 from xr_aimz.errors import LabelError
 from xr_aimz.fits import Fit, labels_at_fit
-from xr_aimz.kernel import CONDITION, KNOWN, KernelSpec, distributions
+from xr_aimz.kernel import KernelSpec, condition_key, distributions, known_key
 from xr_aimz.tracing import (
     CARRY,
     MarkedCarry,
@@ -380,8 +380,8 @@ def _has_fixed_start(
     fit: Fit, inputs: AlignedInputs, dim: str, site: Site, dependence: Dependence
 ) -> bool:
     """Return whether a condition fixes a site at all of the first steps that others depend on."""
-    mask = inputs.arrays.get(KNOWN + site.name)
-    if CONDITION + site.name not in inputs.arrays or not _is_sequential(fit, dim):
+    mask = inputs.arrays.get(known_key(site.name))
+    if condition_key(site.name) not in inputs.arrays or not _is_sequential(fit, dim):
         return False
     if not _are_consecutive(inputs.labels.get(dim), labels_at_fit(fit, dim)):
         return False

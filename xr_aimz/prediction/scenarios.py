@@ -13,7 +13,7 @@ import xarray as xr
 from xr_aimz.binding import AlignedInputs, Binding
 from xr_aimz.errors import DimensionError, InterventionError, LabelError
 from xr_aimz.fits import Fit, explain_failure
-from xr_aimz.kernel import ScenarioSet, TargetChange, ValueRef, dims_replaced
+from xr_aimz.kernel import ArrayKey, ScenarioSet, TargetChange, ValueRef, dims_replaced
 from xr_aimz.prediction.dependence import Parents, descendants, site_graph
 from xr_aimz.prediction.interventions import (
     AlignedValue,
@@ -23,6 +23,7 @@ from xr_aimz.prediction.interventions import (
     resolve_target,
 )
 from xr_aimz.prediction.missing_inputs import integer_placeholders
+from xr_aimz.tracing import Node
 
 SCENARIO = "scenario"
 BASELINE = "baseline"
@@ -82,7 +83,8 @@ class ScenarioTable:
         for index, scenario in enumerate(self.all):
             for target, change in scenario.settings.items():
                 if change.value is not None:
-                    result[index, target] = f"do {len(result)} {target.name}", change
+                    key = ArrayKey("do", target.name, len(result))
+                    result[index, target] = key, change
         return result
 
     @property
@@ -314,9 +316,11 @@ def resolve_intervention(
     for scenario in table.all:
         _check_reach(scenario, graph, returns)
     nodes = descendants(graph, {t.node for t in table.targets})
-    resampled = {n for n, s in fit.sites.items() if s.kind == "latent" and f"site {n}" in nodes}
+    resampled = {
+        n for n, s in fit.sites.items() if s.kind == "latent" and Node("site", n) in nodes
+    }
     target_sites = {t.name for t in table.targets if t.kind == "site"}
-    reached = {n for n in fit.sites if f"site {n}" in nodes} | target_sites
+    reached = {n for n in fit.sites if Node("site", n) in nodes} | target_sites
     return Intervention(
         table.to_scenario_set(frozenset(resampled), contrast),
         {**table.arrays, **placeholders},
@@ -327,7 +331,7 @@ def resolve_intervention(
 
 
 def _check_reach(scenario: Scenario, graph: Parents, returns: tuple[str, ...]) -> None:
-    returned_nodes = {f"site {name}" for name in returns}
+    returned_nodes = {Node("site", name) for name in returns}
     fully_set = {t.node for t, s in scenario.settings.items() if s.everywhere}
     for target in scenario.settings:
         # A target that is set in every cell no longer depends on its ancestors.
@@ -340,9 +344,9 @@ def _check_reach(scenario: Scenario, graph: Parents, returns: tuple[str, ...]) -
         )
 
 
-def _explain_break(node: str, graph: Parents, blocking: set[str]) -> str:
+def _explain_break(node: Node, graph: Parents, blocking: set[Node]) -> str:
     """Explain where the path from a target to the returned sites ends, for a message."""
-    name = node.partition(" ")[2]
+    name = node.name
     children = {n for n, parents in graph.items() if node in parents}
     if not children:
         return f"no site of the model is made from {name!r}"
@@ -361,5 +365,5 @@ def _explain_break(node: str, graph: Parents, blocking: set[str]) -> str:
     )
 
 
-def _list_sites(nodes: set[str] | frozenset[str]) -> list[str]:
-    return sorted(n.partition(" ")[2] for n in nodes)
+def _list_sites(nodes: set[Node] | frozenset[Node]) -> list[str]:
+    return sorted(node.name for node in nodes)

@@ -21,11 +21,11 @@ from xr_aimz.binding import (
 )
 from xr_aimz.fits import Fit, explain_failure
 from xr_aimz.kernel import (
-    CONDITION,
-    KNOWN,
     KernelSpec,
     PositionKernel,
     block_structs,
+    condition_key,
+    known_key,
     trace_outputs,
 )
 from xr_aimz.prediction.dependence import DistributionInfo, distribution_info
@@ -115,7 +115,7 @@ class Prediction:
 
     def dependences(self, dim: str) -> Mapping[str, Dependence]:
         """Find what the returned and the sampled sites depend on along a dimension."""
-        conditions = {key for n in self.sampled_sites for key in (CONDITION + n, KNOWN + n)}
+        conditions = {key for n in self.sampled_sites for key in (condition_key(n), known_key(n))}
         arrays = {key: a for key, a in self.inputs.arrays.items() if key not in conditions}
         sites = tuple(dict.fromkeys((*self.sites, *self.sampled_sites)))
         unconditioned = replace(
@@ -207,23 +207,20 @@ class Prediction:
         with explain_failure(self.fit, self.inputs, sizes):
             return trace_outputs(self.factory(self.program, sizes), block, *self.structs(sizes))
 
-    def inputs_of(self, site: str) -> set[str]:
+    def inputs_of(self, name: str) -> set[str]:
         """Find the keys of arrays and the names of sites that a site depends on."""
         sizes = self.inputs.sizes
         draw, shared = self.structs(sizes, with_sampled=True)
         kernel = self.factory(self.program, sizes)
 
-        def site_value(**by_name: Any) -> Any:
-            latents = {n: by_name[n] for n in draw["latents"]}
-            arrays = {k: by_name[f"array {k}"] for k in shared["arrays"]}
-            return kernel(
-                {"keys": zero_keys, "latents": latents}, {**constants, "arrays": arrays}
-            )[site]
+        def site_value(array: Mapping[str, Any], site: Mapping[str, Any]) -> Any:
+            return kernel({"keys": zero_keys, "latents": site}, {**constants, "arrays": array})[
+                name
+            ]
 
-        by_name = {**draw["latents"], **{f"array {k}": a for k, a in shared["arrays"].items()}}
         zero_keys = dict.fromkeys(draw["keys"], np.zeros(2, np.uint32))
         words = {d: np.zeros(w.shape, np.uint32) for d, w in shared["words"].items()}
         constants = {"words": words, "params": shared["params"]}
         with trace_lock(block_of(self.fit.binding, sizes)):
-            names = dependencies(site_value, by_name)
-        return {str(n).removeprefix("array ") for n in names}
+            nodes = dependencies(site_value, array=shared["arrays"], site=draw["latents"])
+        return {node.name for node in nodes}

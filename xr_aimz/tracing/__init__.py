@@ -10,6 +10,7 @@ from xr_aimz.tracing.dataflow import (
     ForwardScans,
     Labels,
     MarkedCarry,
+    Node,
     dependencies,
     inner_programs,
     reaches,
@@ -43,7 +44,7 @@ from xr_aimz.tracing.sites import (
 
 __all__ = [
     "CARRY", "FEATURE", "Block", "FlattenedAxes", "ForwardScans", "LRUCache", "Labels",
-    "MarkedCarry", "Obstacle", "Parameter", "Plate", "Position", "Site", "Tags",
+    "MarkedCarry", "Node", "Obstacle", "Parameter", "Plate", "Position", "Site", "Tags",
     "density_inputs", "dependencies", "factor_inputs", "find_obstacles", "find_positions",
     "has_positions", "inner_programs", "is_difference", "location_note", "model_name",
     "model_parameters", "note_location", "observed_inputs", "observed_values", "plate",

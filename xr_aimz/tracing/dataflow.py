@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,33 +13,40 @@ from numpyro.primitives import Messenger
 
 from xr_aimz.errors import ModelError
 
-Labels = frozenset[str]
+Labels = frozenset[Any]
 Rule = Callable[[Any, Sequence[Labels]], list[Labels]]
 _NO_LABELS: Labels = frozenset()
 
 
-def dependencies(call: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+class Node(NamedTuple):
+    """Input of a traced function: its kind, the keyword it is passed under, and its name."""
+
+    kind: str
+    name: str
+
+
+def dependencies(call: Callable[..., Any], **inputs: Mapping[str, Any]) -> Any:
     """
     Trace a function on shapes, and find the inputs that each of its results is computed from.
 
     Parameters
     ----------
     call : callable
-        Takes the inputs by keyword.
-    inputs : mapping of name to pytree of arrays or ShapeDtypeStruct
+        Takes mappings by keyword, one for each kind of input.
+    **inputs : mapping of name to pytree of arrays or ShapeDtypeStruct
 
     Returns
     -------
-    pytree of frozenset of str
+    pytree of frozenset of Node
         Like the results of ``call``.
     """
 
-    def positional(named: dict[str, Any]) -> Any:
-        return call(**named)
+    def call_with(inputs: dict[str, Any]) -> Any:
+        return call(**inputs)
 
-    closed, results = jax.make_jaxpr(positional, return_shape=True)(dict(inputs))
-    named = {name: jax.tree.map(lambda _, n=name: n, tree) for name, tree in inputs.items()}
-    labels = [frozenset({name}) for name in jax.tree.leaves(named)]
+    closed, results = jax.make_jaxpr(call_with, return_shape=True)(inputs)
+    paths = (path for path, _ in jax.tree_util.tree_flatten_with_path(inputs)[0])
+    labels = [frozenset({Node(kind.key, name.key)}) for kind, name, *_ in paths]
     return jax.tree.unflatten(jax.tree.structure(results), reaches(closed, labels))
 
 
@@ -52,7 +59,7 @@ def reaches(
     Parameters
     ----------
     program : ClosedJaxpr or Jaxpr
-    labels : sequence of frozenset of str
+    labels : sequence of frozenset
         The labels of each argument. Constants have none.
     rule : callable, optional
         From an operation without an inner program, and the labels of its operands, to the labels
@@ -60,7 +67,7 @@ def reaches(
 
     Returns
     -------
-    list of frozenset of str
+    list of frozenset
     """
     rule = _pass_all_labels if rule is None else rule
     jaxpr, _ = split_constants(program)

@@ -191,15 +191,16 @@ def observed_inputs(
 ) -> dict[str, frozenset[str]]:
     """Find the named arrays that the observed value of each observed site is computed from."""
 
-    def observations(**inputs: Any) -> dict[str, Any]:
-        seeded = handlers.seed(lambda: model(**arrange(inputs)), jax.random.key(0))
+    def observations(array: Mapping[str, Any]) -> dict[str, Any]:
+        seeded = handlers.seed(lambda: model(**arrange(array)), jax.random.key(0))
         sites = handlers.trace(_with_zeros(seeded)).get_trace()
         return {
             n: m["value"] for n, m in sites.items() if m["type"] == "sample" and _is_observed(m)
         }
 
     with trace_lock(block), _ignore_warnings():
-        return dependencies(observations, arrays)
+        nodes = dependencies(observations, array=arrays)
+    return {site: _names(reached) for site, reached in nodes.items()}
 
 
 def density_inputs(
@@ -210,14 +211,21 @@ def density_inputs(
 ) -> dict[str, frozenset[str]]:
     """Find the named arrays that the density of each site is computed from, with latents fixed."""
 
-    def densities(**inputs: Any) -> dict[str, Any]:
-        seeded = handlers.seed(lambda: model(**arrange(inputs)), jax.random.key(0))
+    def densities(array: Mapping[str, Any]) -> dict[str, Any]:
+        seeded = handlers.seed(lambda: model(**arrange(array)), jax.random.key(0))
         sites = handlers.trace(_with_zeros(seeded)).get_trace()
-        return {n: _log_density(m, inputs) for n, m in sites.items() if m["type"] == "sample"}
+        return {n: _log_density(m, array) for n, m in sites.items() if m["type"] == "sample"}
 
     with trace_lock(block), _ignore_warnings():
-        names = dependencies(densities, arrays)
-    return {n: frozenset().union(*jax.tree.leaves(x, is_leaf=_is_set)) for n, x in names.items()}
+        nodes = dependencies(densities, array=arrays)
+    return {site: _names(reached) for site, reached in nodes.items()}
+
+
+def _names(nodes: Any) -> frozenset[str]:
+    """Return the names of the nodes in a pytree of sets of nodes."""
+    return frozenset(
+        node.name for nodes in jax.tree.leaves(nodes, is_leaf=_is_set) for node in nodes
+    )
 
 
 def factor_inputs(
@@ -238,18 +246,15 @@ def factor_inputs(
     block : Block
     """
 
-    def factors(**inputs: Any) -> dict[str, Any]:
-        passed = arrange({key: inputs[f"array {key}"] for key in arrays})
-        draws = {name: inputs[f"site {name}"] for name in latents}
+    def factors(array: Mapping[str, Any], site: Mapping[str, Any]) -> dict[str, Any]:
+        passed = arrange(array)
         seeded = handlers.seed(lambda: model(**passed), jax.random.key(0))
-        sites = handlers.trace(_with_zeros(handlers.substitute(seeded, data=draws))).get_trace()
+        sites = handlers.trace(_with_zeros(handlers.substitute(seeded, data=site))).get_trace()
         return {n: m["fn"].log_factor for n, m in sites.items() if _is_factor(m)}
 
-    inputs = {f"array {key}": array for key, array in arrays.items()}
-    inputs |= {f"site {name}": latent for name, latent in latents.items()}
     with trace_lock(block), _ignore_warnings():
-        keys = dependencies(factors, inputs)
-    return {name: frozenset(n.partition(" ")[2] for n in names) for name, names in keys.items()}
+        nodes = dependencies(factors, array=arrays, site=latents)
+    return {name: _names(reached) for name, reached in nodes.items()}
 
 
 def _is_factor(message: Mapping[str, Any]) -> bool:
