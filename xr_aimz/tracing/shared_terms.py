@@ -19,7 +19,7 @@ _CALLS = ("jit", "pjit")
 class Operation:
     """Operation that computes the values numbered ``results`` from those numbered ``read``.
 
-    ``name`` is that of the primitive. With ``tells`` it has effects, such as printing, and is run
+    ``name`` is that of the primitive. An operation that ``has_effects``, such as printing, is run
     even if no result needs its values.
     """
 
@@ -27,7 +27,7 @@ class Operation:
     operate: Callable[..., Sequence[Any]]
     read: tuple[int, ...]
     results: tuple[int, ...]
-    tells: bool = False
+    has_effects: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class InnerCall:
 
     name: str
     read: tuple[int, ...]
-    does: ClosedJaxpr
+    program: ClosedJaxpr
 
 
 @dataclass(eq=False)
@@ -80,11 +80,11 @@ class OpList:
         operate: Callable[..., Sequence[Any]],
         read: Sequence[int],
         avals: Sequence[Any],
-        tells: bool = False,
+        has_effects: bool = False,
     ) -> tuple[int, ...]:
         """Append an operation, and return the numbers of its results."""
         outputs = tuple(self.value(aval) for aval in avals)
-        step = Operation(name, operate, tuple(read), outputs, tells)
+        step = Operation(name, operate, tuple(read), outputs, has_effects)
         self.steps.append(step)
         self.maker |= dict.fromkeys(outputs, step)
         return outputs
@@ -100,7 +100,7 @@ class OpList:
     def _needed(self, results: Sequence[int]) -> Iterator[Operation]:
         needed, steps = set(results), []
         for step in reversed(self.steps):
-            if step.tells or not needed.isdisjoint(step.results):
+            if step.has_effects or not needed.isdisjoint(step.results):
                 needed.update(step.read)
                 steps.append(step)
         return reversed(steps)
@@ -221,30 +221,30 @@ class _Parts:
     """Reduced forms of a program's values, by number, for a difference between scenarios.
 
     Values in ``moving`` differ between scenarios. Those in ``finite``, noise and finite constants,
-    make nothing NaN by being added or multiplied. ``less`` has the number of the reduced value.
+    make nothing NaN by being added or multiplied. ``reduced`` has the number of the reduced value.
     """
 
-    written: OpList
+    ops: OpList
     moving: set[int]
     noise: set[int] = field(default_factory=set)
     finite: set[int] = field(default_factory=set)
-    less: dict[int, int] = field(default_factory=dict)
+    reduced: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        constants, calls = self.written.values.items(), self.written.calls.items()
+        constants, calls = self.ops.values.items(), self.ops.calls.items()
         self.noise.update(number for number, call in calls if self._is_drawn(number, call))
         self.finite.update(
-            number for number, v in constants if _is_finite(v, self.written.avals[number])
+            number for number, v in constants if _is_finite(v, self.ops.avals[number])
         )
         # A copy, because reduced values are appended as new operations.
-        for step in tuple(self.written.steps):
+        for step in tuple(self.ops.steps):
             self._look(step)
             if len(step.results) == 1 and step.results[0] in self.moving:
-                self.less[step.results[0]] = self._part(step, step.results[0])
+                self.reduced[step.results[0]] = self._part(step, step.results[0])
 
     def of(self, number: int) -> int:
         """Return the number of a value without the terms that all scenarios add alike."""
-        return self.less.get(number, number)
+        return self.reduced.get(number, number)
 
     def _look(self, step: Operation) -> None:
         if not self.moving.isdisjoint(step.read):
@@ -255,7 +255,7 @@ class _Parts:
 
     def _is_drawn(self, number: int, call: InnerCall) -> bool:
         """Return whether a call draws noise: a sampler of JAX, whose only argument is a key."""
-        aval, read = self.written.avals[number], [self.written.avals[i] for i in call.read]
+        aval, read = self.ops.avals[number], [self.ops.avals[i] for i in call.read]
         single = len(read) == 1 and not read[0].shape
         if call.name not in _SAMPLERS or not single:
             return False
@@ -267,7 +267,7 @@ class _Parts:
         inner = [
             e.params["jaxpr"] for e in reference.jaxpr.eqns if e.params.get("name") == call.name
         ]
-        return str(call.does) in map(str, inner)
+        return str(call.program) in map(str, inner)
 
     def _part(self, step: Operation, number: int) -> int:
         read = step.read
@@ -291,20 +291,20 @@ class _Parts:
         else:
             return number
         has_noise, nan_sources = self._apart(shared)
-        aval = self.written.avals[number]
+        aval = self.ops.avals[number]
         # A scalar may be added to an array as it is.
-        if not has_noise or self.written.avals[varying].shape != aval.shape:
+        if not has_noise or self.ops.avals[varying].shape != aval.shape:
             return number
         if not nan_sources:
             return self.of(varying)
-        return self.written.write("zeros", _add_zeros, (self.of(varying), *nan_sources), [aval])[0]
+        return self.ops.write("zeros", _add_zeros, (self.of(varying), *nan_sources), [aval])[0]
 
     def _apart(self, number: int) -> tuple[bool, list[int]]:
         """Return whether a value includes noise, and the values by which alone it can be NaN."""
         has_noise, nan_sources, visited, stack = False, [], {number}, [number]
         while stack:
             current = stack.pop()
-            step = self.written.maker.get(current)
+            step = self.ops.maker.get(current)
             if current in self.noise:
                 has_noise = True
             elif step is not None and step.name in _SUMS:
@@ -316,11 +316,11 @@ class _Parts:
 
     def _missing(self, number: int) -> bool:
         """Return whether a value is NaN, everywhere and in all scenarios."""
-        step = self.written.maker.get(number)
+        step = self.ops.maker.get(number)
         while step and self._lays_out(step):
             number = step.read[0]
-            step = self.written.maker.get(number)
-        value = self.written.values.get(number)
+            step = self.ops.maker.get(number)
+        value = self.ops.values.get(number)
         # A constant may be a tracer of the surrounding trace.
         is_constant = isinstance(value, (float, np.ndarray, np.generic))
         return is_constant and bool(np.isnan(np.asarray(value, float)).all())
@@ -329,14 +329,14 @@ class _Parts:
         """Return whether an operation keeps every number, or rounds it: floats stay floats."""
         if step.name != _CONVERT:
             return step.name in _LAYOUT
-        dtypes = (self.written.avals[number].dtype for number in (step.read[0], step.results[0]))
+        dtypes = (self.ops.avals[number].dtype for number in (step.read[0], step.results[0]))
         return all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
 
     def _of_parts(self, step: Operation, read: Sequence[int]) -> int:
         if tuple(read) == step.read:
             return step.results[0]
-        aval = self.written.avals[step.results[0]]
-        return self.written.write(step.name, step.operate, read, [aval])[0]
+        aval = self.ops.avals[step.results[0]]
+        return self.ops.write(step.name, step.operate, read, [aval])[0]
 
 
 def _is_finite(value: Any, aval: Any) -> bool:
