@@ -73,7 +73,7 @@ def test_the_posterior_of_a_conjugate_regression(linear):
     mean, sd = np.linalg.solve(precision, X.T @ y), np.diag(np.linalg.inv(precision)) ** 0.5
     # No warning either: a converged fit raises no false alarm.
     fitted = linear.aimz.fit(
-        regression, method="svi", batch=1000, steps=1_000_000, draws=4000, progress=False
+        regression, method="svi", batch=1000, steps=200_000, draws=4000, progress=False
     )
     draws = fitted.posterior.weights.values[0]
     assert np.abs((draws.mean(0) - mean) / sd).max() < 0.1
@@ -103,15 +103,13 @@ def moments(fitted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_random_effects_with_their_groups_in_batches(groups, full, seed):
+def test_random_effects_with_their_groups_in_batches(groups, full):
     fitted = groups.chunk(group=37).aimz.fit(
         effects,
         method="svi",
         batch={"group": 50},
         steps=120_000,
         draws=20_000,
-        seed=seed,
         progress=False,
     )
     assert fitted.posterior.effect.dims == ("chain", "draw", "group")
