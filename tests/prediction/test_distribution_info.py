@@ -12,7 +12,7 @@ from numpyro.contrib.control_flow import scan
 from xr_aimz.binding.layout import assign_variables
 from xr_aimz.binding.spec import Binding
 from xr_aimz.errors import ModelError
-from xr_aimz.kernel.spec import KernelSpec
+from xr_aimz.kernel.spec import BlockData, DrawState, KernelSpec
 from xr_aimz.prediction.dependence import (
     DistributionInfo,
     check_not_informative,
@@ -44,8 +44,8 @@ def found(model, *names, scanned=()):
     program = KernelSpec(model, Binding((), {}, ()), sites, {}, names)
     word = jax.ShapeDtypeStruct((2,), np.uint32)
     latents = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in sites.items()}
-    draw = {"keys": dict.fromkeys(program.random_sites, word), "latents": latents}
-    return distribution_info(program, {}, draw, {"arrays": {}, "words": {}, "params": {}})
+    draw = DrawState(dict.fromkeys(program.random_sites, word), latents)
+    return distribution_info(program, {}, draw, BlockData({}, {}, {}))
 
 
 def test_only_what_reaches_a_distribution_is_its_origin():

@@ -26,7 +26,15 @@ from xr_aimz.fits.configuration import fit_options, method_reference
 from xr_aimz.fits.diagnostics import cell_concerns, concerns
 from xr_aimz.fits.posterior import Fit, check_model
 from xr_aimz.inference import FLAGS, PosteriorDraws, SavedSampler
-from xr_aimz.kernel import KernelSpec, find_integers_cast, predictive, run_draws, trace_outputs
+from xr_aimz.kernel import (
+    BlockData,
+    DrawState,
+    KernelSpec,
+    find_integers_cast,
+    predictive,
+    run_draws,
+    trace_outputs,
+)
 from xr_aimz.provenance import package_versions
 from xr_aimz.random import hash_labels
 from xr_aimz.tracing import Site
@@ -111,15 +119,15 @@ def _compute_deterministics(
     latents = {n: v.reshape(chains * draws, *v.shape[2:]) for n, v in result.samples.items()}
     # Every latent site has a value, so no key is used.
     unused_keys = np.zeros((chains * draws, 2), np.uint32)
-    draw_state = {"keys": dict.fromkeys(program.random_sites, unused_keys), "latents": latents}
-    block_data = {
+    draw_state = DrawState(dict.fromkeys(program.random_sites, unused_keys), latents)
+    block_data = BlockData(
         # With the outcomes: a deterministic may be computed from observed values.
-        "arrays": {key: np.asarray(a) for key, a in arrays.items()},
-        "words": {
+        arrays={key: np.asarray(a) for key, a in arrays.items()},
+        params=dict(result.params),
+        words={
             d: hash_labels(d, inputs.labels.get(d), size=inputs.sizes[d]) for d in binding.dims
         },
-        "params": dict(result.params),
-    }
+    )
     block = block_of(binding, inputs.sizes)
     kernel = predictive(program, inputs.sizes)
     draw_structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), draw_state)

@@ -19,7 +19,15 @@ from xr_aimz.binding import (
     shape_in_model,
 )
 from xr_aimz.errors import ModelError, RandomnessError
-from xr_aimz.kernel.spec import Addresses, Dims, KernelSpec, condition_key, known_key
+from xr_aimz.kernel.spec import (
+    Addresses,
+    BlockData,
+    Dims,
+    DrawState,
+    KernelSpec,
+    condition_key,
+    known_key,
+)
 from xr_aimz.random import Words, combine_axes, position_hashes, sample, step_key
 from xr_aimz.tracing import Block, Site
 
@@ -80,10 +88,10 @@ def _missing_mask(
 
 
 def fixed_values(
-    program: KernelSpec, block: Block, draw: Mapping[str, Any], shared: Mapping[str, Any]
+    program: KernelSpec, block: Block, draw: DrawState, shared: BlockData
 ) -> dict[str, tuple[Any, Any]]:
     """Return the values and the mask of fixed cells of each site that is fixed in some cells."""
-    arrays, fixed = shared["arrays"], {}
+    arrays, fixed = shared.arrays, {}
     for name, site in program.sites.items():
 
         def to_model_axes(key: str, site: Site = site) -> Any:
@@ -95,7 +103,7 @@ def fixed_values(
             fixed[name] = (to_model_axes(condition_key(name)), mask)
         elif mask is not True:
             shape = shape_in_model(site, program.binding, block.sizes)
-            fixed[name] = (jnp.reshape(draw["latents"][name], shape), mask)
+            fixed[name] = (jnp.reshape(draw.latents[name], shape), mask)
     return fixed
 
 

@@ -16,7 +16,7 @@ from xr_aimz.binding import AlignedInputs, BlockValues, Requirement, as_jax_arra
 from xr_aimz.errors import IndexRangeError
 from xr_aimz.kernel.compile import run_draws, trace_program
 from xr_aimz.kernel.program import site_readout
-from xr_aimz.kernel.spec import Dims, Kernel, KernelSpec
+from xr_aimz.kernel.spec import BlockData, Dims, DrawState, Kernel, KernelSpec, leaf_paths
 from xr_aimz.kernel.supports import (
     block_structs,
     kernel_structs,
@@ -109,12 +109,12 @@ class PositionKernel:
     arrays: Mapping[str, Any]
     params: Mapping[str, Any]
 
-    def structs(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def structs(self, sizes: Mapping[str, int]) -> tuple[DrawState, BlockData]:
         """Return shapes and dtypes of the kernel's arguments, for a block of these sizes."""
         arrays = resize_structs(self.program, self.arrays, sizes)
         draw, shared = kernel_structs(self.program, arrays, self.params, sizes)
-        latents = {n: struct for n, struct in draw["latents"].items() if n in self.latents}
-        return {**draw, "latents": latents}, shared
+        latents = {n: struct for n, struct in draw.latents.items() if n in self.latents}
+        return draw._replace(latents=latents), shared
 
     def call(self, sizes: Mapping[str, int]) -> Kernel:
         """Make the kernel for blocks of these sizes."""
@@ -122,7 +122,7 @@ class PositionKernel:
 
         def call(draw: Any, shared: Any) -> dict[str, Any]:
             closed = jax.make_jaxpr(self.factory(self.program, sizes))(*structs)
-            computed = positions_of(closed, _array_keys(_paths(structs)))(shared["arrays"])
+            computed = positions_of(closed, _array_keys(leaf_paths(*structs)))(shared.arrays)
             return {str(number): values for number, values in enumerate(computed)}
 
         return call
@@ -191,7 +191,7 @@ class ComputedIndexRange:
             return ""
         (key,) = position.sources
         array_shape = values.arrays[key].shape
-        padded = self.kernel.structs(self.sizes)[1]["arrays"][key].shape
+        padded = self.kernel.structs(self.sizes)[1].arrays[key].shape
         if [n for n in shape if n != 1] != [n for n in padded if n != 1]:
             return ""
         index = np.unravel_index(np.ravel_multi_index(first, shape), padded)
@@ -205,7 +205,7 @@ class ComputedIndexRange:
             key: pad_to(struct.shape, as_jax_array(key, _fill_missing(values.arrays[key])))
             if key in self.keys
             else zeros_without_memory(struct)
-            for key, struct in shared["arrays"].items()
+            for key, struct in shared.arrays.items()
         }
         draws = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), draw)
         computed = run_draws(
@@ -213,11 +213,7 @@ class ComputedIndexRange:
             lambda: self.kernel.call(self.sizes),
             block_of(self.kernel.program.binding, self.sizes),
             jax.tree.map(zeros_without_memory, draws),
-            {
-                **shared,
-                "arrays": arrays,
-                "words": jax.tree.map(zeros_without_memory, shared["words"]),
-            },
+            shared._replace(arrays=arrays, words=jax.tree.map(zeros_without_memory, shared.words)),
         )
         return {number: array[0] for number, array in computed.items()}
 
@@ -247,7 +243,7 @@ def find_index_ranges(
     tuple of Requirement
     """
     words = {key: described.get(key, repr(key)) for key in kernel.arrays}
-    paths = _paths(kernel.structs(inputs.sizes))
+    paths = leaf_paths(*kernel.structs(inputs.sizes))
     positions, program_name = _find_cached(kernel, inputs.sizes, paths, name)
     requirements: list[Requirement] = []
     computed = []
@@ -283,12 +279,6 @@ def _find_cached(
     positions = find_positions(closed, _array_keys(paths)) if has_positions(closed) else ()
     computed_name = "" if all(p.is_input for p in positions) else kernel.trace(sizes)
     return _position_cache.put((name, tuple(paths)), (positions, computed_name))
-
-
-def _paths(tree: Any) -> list[tuple[str, ...]]:
-    """Return the path of each argument, such as ``("arrays", key)`` or ``("latents", site)``."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [tuple(str(getattr(p, "key", p)) for p in path[1:]) for path, _ in leaves]
 
 
 def _array_keys(paths: Sequence[tuple[str, ...]]) -> list[str | None]:
@@ -391,10 +381,8 @@ def find_integers_cast(
         # A model may raise any class where it is evaluated for its densities: then no conversion
         # is reported.
         return frozenset()
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path((draw, shared))]
-    labels = [
-        frozenset({path[2].key}) if path[1].key == "arrays" else frozenset[str]() for path in paths
-    ]
+    keys = _array_keys(leaf_paths(draw, shared))
+    labels = [frozenset[str]() if key is None else frozenset({key}) for key in keys]
     converted: set[str] = set()
     reaches(closed, labels, partial(_pass_values, converted))
     return frozenset(converted)

@@ -24,7 +24,7 @@ from xr_aimz.binding import (
     shape_in_model,
 )
 from xr_aimz.kernel.program import site_readout
-from xr_aimz.kernel.spec import ArrayKey, Dims, KernelSpec, known_key
+from xr_aimz.kernel.spec import ArrayKey, BlockData, Dims, DrawState, KernelSpec, known_key
 from xr_aimz.random import cell_parameters
 from xr_aimz.tracing import (
     Obstacle,
@@ -413,8 +413,8 @@ def _density_kernel(program: KernelSpec, sizes: Mapping[str, int]) -> Callable:
 
     def call(arrays: Any, latents: Any, noise: Any, params: Any) -> dict[str, jax.Array]:
         filled = replace(program, model=_fill(program, noise, sizes))
-        shared = {"arrays": arrays, "words": words, "params": params}
-        return site_readout(filled, sizes, _read)({"keys": keys, "latents": latents}, shared)
+        shared = BlockData(arrays, params, words)
+        return site_readout(filled, sizes, _read)(DrawState(keys, latents), shared)
 
     return call
 

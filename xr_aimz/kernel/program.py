@@ -36,7 +36,7 @@ from xr_aimz.kernel.scenarios import (
     map_scenarios,
     stack_values,
 )
-from xr_aimz.kernel.spec import UNADDRESSED, Dims, Kernel, KernelSpec
+from xr_aimz.kernel.spec import UNADDRESSED, BlockData, Dims, DrawState, Kernel, KernelSpec
 from xr_aimz.random import fold_in
 from xr_aimz.tracing import Block, ForwardScans, Site, note_location
 
@@ -56,10 +56,10 @@ def log_likelihood(program: KernelSpec, sizes: Mapping[str, int]) -> Kernel:
 
 
 def distributions(program: KernelSpec, sizes: Mapping[str, int]) -> Callable[..., dict[str, Any]]:
-    """Make a function of ``draw`` and ``shared``: each returned site's distribution or value."""
+    """Make a function like a kernel: each returned site's distribution or value."""
     block = block_of(program.binding, sizes)
 
-    def kernel(draw: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    def kernel(draw: DrawState, shared: BlockData) -> dict[str, Any]:
         trace = _trace_model(program, block, draw, shared)
         messages = {name: trace[name] for name in program.returns}
         return {n: m["fn"] if m["type"] == "sample" else m["value"] for n, m in messages.items()}
@@ -93,14 +93,14 @@ def _make_kernel(
 
     def evaluate(
         program: KernelSpec,
-        draw: Mapping[str, Any],
-        shared: Mapping[str, Any],
+        draw: DrawState,
+        shared: BlockData,
         scenario: Any = None,
     ) -> dict[str, jax.Array]:
         trace = _trace_model(program, block, draw, shared, scenario)
         fixed = fixed_values(program, block, draw, shared)
         masks = fixed_mask(program, fixed, scenario)
-        args = arrange(program.binding, shared["arrays"], program.dims, block)
+        args = arrange(program.binding, shared.arrays, program.dims, block)
         results = {}
         for name in program.returns:
             site = program.sites[name]
@@ -122,15 +122,15 @@ def _run_scenarios(
     scenarios: ScenarioSet,
     evaluate: Callable[..., dict[str, jax.Array]],
     sizes: Mapping[str, int],
-    draw: Mapping[str, Any],
-    shared: Mapping[str, Any],
+    draw: DrawState,
+    shared: BlockData,
 ) -> dict[str, jax.Array]:
     """Run the kernel under every scenario, and contrast each with the baseline."""
-    binding, arrays = program.binding, shared["arrays"]
+    binding, arrays = program.binding, shared.arrays
     replaced = replace(program, dims=dims_replaced(scenarios, binding, program.dims))
 
     def evaluate_scenario(scenario_values: Any) -> dict[str, jax.Array]:
-        replaced_data = {**shared, "arrays": {**arrays, **scenario_values["arrays"]}}
+        replaced_data = shared._replace(arrays={**arrays, **scenario_values["arrays"]})
         return evaluate(replaced, draw, replaced_data, scenario_values)
 
     scenario_values = stack_values(scenarios, program.sites, binding, program.dims, arrays, sizes)
@@ -140,22 +140,22 @@ def _run_scenarios(
 def _trace_model(
     program: KernelSpec,
     block: Block,
-    draw: Mapping[str, Any],
-    shared: Mapping[str, Any],
+    draw: DrawState,
+    shared: BlockData,
     scenario: Any = None,
 ) -> Mapping[str, Any]:
     """Return the trace of the model on one block: latents substituted, other sites drawn."""
-    arguments = arrange(program.binding, shared["arrays"], program.dims, block)
-    substitutes = dict(shared["params"])
+    arguments = arrange(program.binding, shared.arrays, program.dims, block)
+    substitutes = dict(shared.params)
     fixed = fixed_values(program, block, draw, shared)
-    for name, value in draw["latents"].items():
+    for name, value in draw.latents.items():
         if name in fixed:
             continue
         shape = shape_in_model(program.sites[name], program.binding, block.sizes)
         substitutes[name] = jnp.reshape(value, shape)
-    unaddressed_key = jax.random.wrap_key_data(draw["keys"][UNADDRESSED], impl="threefry2x32")
+    unaddressed_key = jax.random.wrap_key_data(draw.keys[UNADDRESSED], impl="threefry2x32")
     model = handlers.substitute(handlers.seed(program.model, unaddressed_key), data=substitutes)
-    sample_site = draw_by_label(program, shared["words"], draw["keys"], fixed)
+    sample_site = draw_by_label(program, shared.words, draw.keys, fixed)
     wrapped_model = handlers.substitute(model, substitute_fn=sample_site)
     if any(program.sites[name].scanned for name in fixed):
         wrapped_model = ForwardScans(wrapped_model)
@@ -190,13 +190,13 @@ def map_cells(call: Kernel, per: tuple[str, ...], dims: Mapping[str, tuple[str, 
         The kernel of the block.
     """
 
-    def call_cell(draw: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, jax.Array]:
-        words = shared["words"]
+    def call_cell(draw: DrawState, shared: BlockData) -> dict[str, jax.Array]:
+        words = shared.words
         # A sum, so that the order in which the dims were named changes no draw.
         cell_words = sum((words[d] for d in per[1:]), start=words[per[0]])
-        cell_keys = {name: fold_in(key, cell_words) for name, key in draw["keys"].items()}
+        cell_keys = {name: fold_in(key, cell_words) for name, key in draw.keys.items()}
         other_words = {d: w for d, w in words.items() if d not in per}
-        return call({**draw, "keys": cell_keys}, {**shared, "words": other_words})
+        return call(draw._replace(keys=cell_keys), shared._replace(words=other_words))
 
     kernel: Kernel = call_cell
     for dim in reversed(per):
@@ -207,13 +207,13 @@ def map_cells(call: Kernel, per: tuple[str, ...], dims: Mapping[str, tuple[str, 
 def _map_dim(call: Kernel, dim: str, dims: Mapping[str, tuple[str, ...]]) -> Kernel:
     """Map a kernel over ``dim``, axis 0 of the latents and of arrays and words that have it."""
 
-    def call_mapped(draw: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, jax.Array]:
-        draw_axes = {**dict.fromkeys(draw), "latents": 0}
-        shared_axes = {
-            **dict.fromkeys(shared),
-            "arrays": {key: 0 if dim in dims[key] else None for key in shared["arrays"]},
-            "words": {d: 0 if d == dim else None for d in shared["words"]},
-        }
+    def call_mapped(draw: DrawState, shared: BlockData) -> dict[str, jax.Array]:
+        shared_axes = BlockData(
+            arrays={key: 0 if dim in dims[key] else None for key in shared.arrays},
+            params=None,  # type: ignore[arg-type] # axes, not arrays
+            words={d: 0 if d == dim else None for d in shared.words},
+        )
+        draw_axes = DrawState(None, 0)  # type: ignore[arg-type] # axes, not arrays
         return jax.vmap(call, in_axes=(draw_axes, shared_axes))(draw, shared)
 
     return call_mapped

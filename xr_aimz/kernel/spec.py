@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,12 +14,48 @@ from xr_aimz.tracing import Site
 
 Dims = tuple[str | None, ...]
 Addresses = Mapping[str | None, jax.Array]
-Kernel = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, jax.Array]]
-# A kernel is called with `draw`: {"keys": {site: uint32 (2,)}, "latents": {site: array}}
-# and `shared`: {"arrays": {source: array}, "words": {dim: uint32 (n, 2)},
-# "params": {site: pytree}}.
 # NumPyro's own key is used only by calls without an address: numpyro.prng_key() in a network.
 UNADDRESSED = "numpyro.prng_key"
+
+
+class DrawState(NamedTuple):
+    """Input of a kernel that changes from draw to draw.
+
+    Parameters
+    ----------
+    keys : mapping of site to array of uint32 ``(2,)``
+    latents : mapping of site to array
+        Values of the sites that are in the posterior.
+    """
+
+    keys: Mapping[str, Any]
+    latents: Mapping[str, Any]
+
+
+class BlockData(NamedTuple):
+    """Input of a kernel that all draws of a block share.
+
+    Parameters
+    ----------
+    arrays : mapping of key to array
+        By source key, or by :class:`ArrayKey` where no argument is bound to it.
+    params : mapping of site to pytree
+    words : mapping of dim to array of uint32 ``(n, 2)``
+        Hashes of the labels.
+    """
+
+    arrays: Mapping[str, Any]
+    params: Mapping[str, Any]
+    words: Mapping[str, Any]
+
+
+Kernel = Callable[[DrawState, BlockData], dict[str, jax.Array]]
+
+
+def leaf_paths(draw: DrawState, shared: BlockData) -> list[tuple[str, ...]]:
+    """Return the path of each leaf of a kernel's arguments: ``("arrays", key)`` for an array."""
+    leaves = jax.tree_util.tree_leaves_with_path((draw, shared))
+    return [(path[1].name, *(getattr(p, "key", str(p)) for p in path[2:])) for path, _ in leaves]
 
 
 class ArrayKey(str):

@@ -26,7 +26,7 @@ from xr_aimz.binding import (
 from xr_aimz.errors import DtypeError, SupportError
 from xr_aimz.kernel.compile import run_draws, trace_program
 from xr_aimz.kernel.program import site_readout
-from xr_aimz.kernel.spec import Dims, Kernel, KernelSpec
+from xr_aimz.kernel.spec import BlockData, Dims, DrawState, Kernel, KernelSpec, leaf_paths
 from xr_aimz.tracing import Site
 
 _CENSORED = (dist.LeftCensoredDistribution, dist.RightCensoredDistribution)
@@ -252,13 +252,13 @@ class Support:
         draws = jax.tree.map(
             lambda x: zeros_without_memory(jax.ShapeDtypeStruct((1, *x.shape), x.dtype)), draw
         )
-        words = jax.tree.map(zeros_without_memory, shared["words"])
+        words = jax.tree.map(zeros_without_memory, shared.words)
         result = run_draws(
             name,
             lambda: factory(self.program, self.sizes),
             block,
             draws,
-            {"arrays": arrays, "words": words, "params": self.params},
+            BlockData(arrays, self.params, words),
         )[self.site][0]
         lengths = values.sizes
         dims = self.program.result_dims(self.site)[: result.ndim]
@@ -384,8 +384,8 @@ def _trace_support(
         # its support alone: then its values cannot be checked.
         return None
     _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path((draw, shared))]
-    sources = [[p.key for p in path[1:]] for path, read in zip(paths, used, strict=True) if read]
+    paths = leaf_paths(draw, shared)
+    sources = [path for path, is_used in zip(paths, used, strict=True) if is_used]
     kinds = {path[0] for path in sources}
     untrained = (
         notes["traced"] and not params and any(s.has_initial_value for s in program.sites.values())
@@ -400,7 +400,7 @@ def kernel_structs(
     arrays: Mapping[str, Any],
     params: Mapping[str, Any],
     sizes: Mapping[str, int],
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[DrawState, BlockData]:
     """Return the structs of a kernel's arguments; sites without array values are latents."""
     key = jax.ShapeDtypeStruct((2,), np.uint32)
     cells = tuple(sizes[d] for d in program.binding.per)
@@ -412,8 +412,8 @@ def kernel_structs(
         if site.kind in ("latent", "observed") and not _has_array_values(site, program, arrays)
     }
     words = {d: jax.ShapeDtypeStruct((sizes[d], 2), np.uint32) for d in program.binding.block_dims}
-    shared = {"arrays": dict(arrays), "words": words, "params": dict(params)}
-    return {"keys": dict.fromkeys(program.random_sites, key), "latents": latents}, shared
+    keys = dict.fromkeys(program.random_sites, key)
+    return DrawState(keys, latents), BlockData(dict(arrays), dict(params), words)
 
 
 def _has_array_values(site: Site, program: KernelSpec, arrays: Mapping[str, Any]) -> bool:

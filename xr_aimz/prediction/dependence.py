@@ -27,7 +27,7 @@ from xr_aimz.binding import (
 )
 from xr_aimz.errors import ModelError
 from xr_aimz.fits import Fit
-from xr_aimz.kernel import KernelSpec, distributions
+from xr_aimz.kernel import BlockData, DrawState, KernelSpec, distributions
 from xr_aimz.tracing import Node, Site, dependencies, trace_lock
 
 Parents = Mapping[Node, frozenset[Node]]
@@ -150,8 +150,8 @@ class DistributionInfo:
 def distribution_info(
     program: KernelSpec,
     sizes: Mapping[str, int],
-    draw: Mapping[str, Any],
-    shared: Mapping[str, Any],
+    draw: DrawState,
+    shared: BlockData,
 ) -> dict[str, DistributionInfo]:
     """Find the parents and kind of each of ``program.returns``, from one trace on shapes.
 
@@ -159,23 +159,23 @@ def distribution_info(
     ----------
     program : KernelSpec
     sizes : mapping of dim to int
-    draw, shared : pytree of jax.ShapeDtypeStruct
-        The arguments of a kernel; ``draw["latents"]`` has every site that is sampled.
+    draw, shared : DrawState, BlockData
+        Of jax.ShapeDtypeStruct; ``draw.latents`` has every site that is sampled.
     """
     kernel = distributions(program, sizes)
     kinds: dict[str, tuple[bool, int]] = {}
 
     def leaves(
-        keys: Mapping[str, Any], shared: Mapping[str, Any], site: Mapping[str, Any]
+        keys: Mapping[str, Any], site: Mapping[str, Any], data: Mapping[str, Any]
     ) -> dict[str, Any]:
-        by_site = kernel({"keys": keys, "latents": site}, shared)
+        by_site = kernel(DrawState(keys, site), BlockData(**data))
         kinds.update(
             {name: (bool(fn.is_discrete), _count_joint_axes(fn)) for name, fn in by_site.items()}
         )
         return {name: jax.tree.leaves(fn) for name, fn in by_site.items()}
 
     with trace_lock(block_of(program.binding, sizes)):
-        sources = dependencies(leaves, keys=draw["keys"], shared=shared, site=draw["latents"])
+        sources = dependencies(leaves, keys=draw.keys, site=draw.latents, data=shared._asdict())
     return {
         name: DistributionInfo(
             frozenset(n.name for part in parts for n in part if n.kind == "site"), *kinds[name]

@@ -33,7 +33,7 @@ from xr_aimz.binding import (
     check_values,
 )
 from xr_aimz.errors import BlockSizeError
-from xr_aimz.kernel import Kernel, KernelSpec, run_draws
+from xr_aimz.kernel import BlockData, DrawState, Kernel, KernelSpec, run_draws
 from xr_aimz.random import hash_labels
 from xr_aimz.storage import identify, name_by_content
 
@@ -502,7 +502,7 @@ def _run_block(
         lambda: task.factory(program, sizes),
         block_of(program.binding, sizes),
         _flatten_draws(program.random_sites, padded["keys"][""], padded["latent"]),
-        {"arrays": padded["array"], "words": padded["words"], "params": task.params},
+        BlockData(padded["array"], task.params, padded["words"]),
     )
     draws = {
         site: _cut_padding(value, program.result_dims(site), lengths, shape)
@@ -513,13 +513,13 @@ def _run_block(
 
 def _flatten_draws(
     keyed: Sequence[str], keys: np.ndarray, latents: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
+) -> DrawState:
     """Put the keys and latents on one leading axis ``(chain * draw, ...)``."""
     flat = keys.reshape(-1, *keys.shape[2:])
-    return {
-        "keys": {name: flat[:, i] for i, name in enumerate(keyed)},
-        "latents": {n: v.reshape(len(flat), *v.shape[2:]) for n, v in latents.items()},
-    }
+    return DrawState(
+        {name: flat[:, i] for i, name in enumerate(keyed)},
+        {n: v.reshape(len(flat), *v.shape[2:]) for n, v in latents.items()},
+    )
 
 
 def _pad_block(block: np.ndarray, dims: Dims, padded_sizes: Mapping[Any, int]) -> np.ndarray:

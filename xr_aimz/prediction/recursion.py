@@ -15,7 +15,14 @@ from jax.extend.core import Jaxpr, Literal
 from xr_aimz.binding import AlignedInputs, block_of
 from xr_aimz.errors import LabelError
 from xr_aimz.fits import Fit, labels_at_fit
-from xr_aimz.kernel import KernelSpec, condition_key, distributions, known_key
+from xr_aimz.kernel import (
+    BlockData,
+    DrawState,
+    KernelSpec,
+    condition_key,
+    distributions,
+    known_key,
+)
 from xr_aimz.tracing import (
     CARRY,
     MarkedCarry,
@@ -61,8 +68,8 @@ def find_dependences(
     program: KernelSpec,
     sizes: Mapping[str, int],
     dim: str,
-    draw: Mapping[str, Any],
-    shared: Mapping[str, Any],
+    draw: DrawState,
+    shared: BlockData,
 ) -> dict[str, Dependence]:
     """Find what each of ``program.returns`` depends on along a dimension.
 
@@ -73,21 +80,21 @@ def find_dependences(
         A scan as long as ``dim`` is taken for one along it, so no other dim should have its size.
     dim : str
         An observation dimension.
-    draw, shared : pytree of jax.ShapeDtypeStruct
-        The arguments of a kernel; ``draw["latents"]`` has every site that is sampled.
+    draw, shared : DrawState, BlockData
+        Of jax.ShapeDtypeStruct; ``draw.latents`` has every site that is sampled.
 
     Returns
     -------
     dict of Dependence
     """
     call = distributions(replace(program, model=MarkedCarry(program.model)), sizes)
-    latents = dict(draw["latents"])
+    latents = dict(draw.latents)
 
     def leaves(latents: Any, keys: Any, shared: Any) -> dict[str, Any]:
-        distributions_by_site = call({"keys": keys, "latents": latents}, shared)
+        distributions_by_site = call(DrawState(keys, latents), shared)
         return {name: jax.tree.leaves(fn) for name, fn in distributions_by_site.items()}
 
-    others = (draw["keys"], shared)
+    others = (draw.keys, shared)
     with trace_lock(block_of(program.binding, sizes)):
         closed, out = jax.make_jaxpr(leaves, return_shape=True)(latents, *others)
     sources = [Dependence(frozenset({n})) for n in jax.tree.leaves({n: n for n in latents})]

@@ -21,6 +21,8 @@ from xr_aimz.binding import (
 )
 from xr_aimz.fits import Fit, explain_failure
 from xr_aimz.kernel import (
+    BlockData,
+    DrawState,
     KernelSpec,
     PositionKernel,
     block_structs,
@@ -170,7 +172,7 @@ class Prediction:
 
     def structs(
         self, sizes: Mapping[str, int], *, with_sampled: bool = False
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    ) -> tuple[DrawState, BlockData]:
         """Make structs of a kernel's arguments, for one draw of a block of ``sizes``.
 
         With ``with_sampled``, sites that the kernel would sample are passed in, as latents are.
@@ -189,17 +191,10 @@ class Prediction:
             cells = tuple(sizes[d] for d in binding.per)
             shape = cells + shape_in_model(site, binding, sizes)
             latents[name] = jax.ShapeDtypeStruct(shape, site.dtype)
-        shared = {
-            "arrays": {key: struct(a) for key, a in self.inputs.arrays.items()},
-            "words": {
-                d: jax.ShapeDtypeStruct((sizes[d], 2), np.uint32) for d in binding.block_dims
-            },
-            "params": self.fit.params,
-        }
-        return {
-            "keys": dict.fromkeys(self.program.random_sites, key_struct),
-            "latents": latents,
-        }, shared
+        words = {d: jax.ShapeDtypeStruct((sizes[d], 2), np.uint32) for d in binding.block_dims}
+        arrays = {key: struct(a) for key, a in self.inputs.arrays.items()}
+        keys = dict.fromkeys(self.program.random_sites, key_struct)
+        return DrawState(keys, latents), BlockData(arrays, self.fit.params, words)
 
     def trace(self, sizes: Mapping[str, int]) -> tuple[dict[str, Any], str]:
         """Trace one draw of a block of ``sizes``: return output structs and the program's name."""
@@ -214,13 +209,10 @@ class Prediction:
         kernel = self.factory(self.program, sizes)
 
         def site_value(array: Mapping[str, Any], site: Mapping[str, Any]) -> Any:
-            return kernel({"keys": zero_keys, "latents": site}, {**constants, "arrays": array})[
-                name
-            ]
+            return kernel(DrawState(zero_keys, site), BlockData(array, shared.params, words))[name]
 
-        zero_keys = dict.fromkeys(draw["keys"], np.zeros(2, np.uint32))
-        words = {d: np.zeros(w.shape, np.uint32) for d, w in shared["words"].items()}
-        constants = {"words": words, "params": shared["params"]}
+        zero_keys = dict.fromkeys(draw.keys, np.zeros(2, np.uint32))
+        words = {d: np.zeros(w.shape, np.uint32) for d, w in shared.words.items()}
         with trace_lock(block_of(self.fit.binding, sizes)):
-            nodes = dependencies(site_value, array=shared["arrays"], site=draw["latents"])
+            nodes = dependencies(site_value, array=shared.arrays, site=draw.latents)
         return {node.name for node in nodes}
