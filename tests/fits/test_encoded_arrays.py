@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from xr_aimz.errors import DamagedStoreError, StoreError
-from xr_aimz.fits.encoding import decode_array, encode_array
+from xr_aimz.fits.serialization import decode_array, encode_array
 
 dtypes = (
     hnp.boolean_dtypes()

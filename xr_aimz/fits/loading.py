@@ -22,10 +22,10 @@ from xr_aimz.binding import (
 )
 from xr_aimz.errors import DamagedStoreError
 from xr_aimz.fits.configuration import resolve_model
-from xr_aimz.fits.encoding import decode_array, decode_tree
 from xr_aimz.fits.more_draws import NoSampler, RestoredSampler
 from xr_aimz.fits.posterior import Fit, fit_token
 from xr_aimz.fits.saving import FORMAT
+from xr_aimz.fits.serialization import decode_array, decode_tree
 from xr_aimz.inference import SamplerState, SavedSampler
 from xr_aimz.storage import VerifiedStore, saved_name
 from xr_aimz.tracing import Plate, Site

@@ -18,7 +18,7 @@ import xarray as xr
 from xr_aimz.binding import Binding, BoundArgument
 from xr_aimz.errors import StoreError
 from xr_aimz.fits.configuration import model_reference
-from xr_aimz.fits.encoding import encode_array, encode_tree
+from xr_aimz.fits.serialization import encode_array, encode_tree
 from xr_aimz.inference import SavedSampler
 from xr_aimz.storage import ArrayBundle, json_attrs, lazy_name, write_bundle
 from xr_aimz.tracing import Site

@@ -21,7 +21,7 @@ import pandas as pd
 import xarray as xr
 
 from xr_aimz.fits import Fit, model_reference
-from xr_aimz.mlflow.facts import DataDigest, fit_facts, has_chains, loss_curves
+from xr_aimz.mlflow.run_data import DataDigest, fit_facts, has_chains, loss_curves
 
 
 def installed_packages() -> str:

@@ -20,7 +20,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 
 from xr_aimz.fits import Fit
 from xr_aimz.mlflow.artifacts import artifact_writers, missing_figure_reason
-from xr_aimz.mlflow.facts import (
+from xr_aimz.mlflow.run_data import (
     TAG,
     Curve,
     DataDigest,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpyro.contrib.module import ParamShape
 
 from xr_aimz.errors import DamagedStoreError, StoreError
-from xr_aimz.fits.encoding import decode_tree, encode_tree
+from xr_aimz.fits.serialization import decode_tree, encode_tree
 
 plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.complex_numbers()
 keys = st.text() | st.integers() | st.tuples(st.text())

@@ -24,7 +24,7 @@ from xr_aimz.mlflow.artifacts import (
     installed_packages,
     variable_table,
 )
-from xr_aimz.mlflow.facts import (
+from xr_aimz.mlflow.run_data import (
     chain_diagnostics,
     describe_data,
     fit_metrics,
