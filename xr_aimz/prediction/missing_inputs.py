@@ -117,9 +117,9 @@ class SampledSites:
         whole_input = _Reached(frozenset(dims.difference(binding.core_dims)), _EVERYWHERE)
         reached = {Node("array", source.key): whole_input}
         free_masks = self._free[scenario]
-        # Sites are in the order of the model, so that one pass does; sites of a scan may be made
-        # from each other.
-        for _ in range(1 + sum(self.fit.sites[name].scanned for name in free_masks)):
+        # Sites are in the order of the model, so that one pass does. Sites of a scan may be made
+        # from each other: a pass for each settles the dims, and one more the masks.
+        for _ in range(1 + 2 * sum(self.fit.sites[name].scanned for name in free_masks)):
             for name, free_mask in free_masks.items():
                 node, site = Node("site", name), self.fit.sites[name]
                 parents = [reached[p] for p in sorted(graph[node]) if p in reached]
