@@ -358,3 +358,8 @@ def test_a_spec_without_its_parts(store):
         with pytest.raises(DamagedStoreError):
             xr_aimz.load_fit(store, saved_models.line)
         (store / "zarr.json").write_text(json.dumps(pristine))
+
+
+def test_a_site_of_an_argument_that_the_binding_lacks(store):
+    forged(store, lambda spec: spec["sites"]["y"].update(obs_argument="other"))
+    refused(store, "other")

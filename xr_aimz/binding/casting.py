@@ -29,7 +29,8 @@ _NOISE_SHARE = 2.0**-40
 
 def as_jax_arrays(binding: Binding, loaded: Mapping[str, xr.Variable]) -> dict[str, np.ndarray]:
     """Convert loaded arrays to dtypes of JAX, as :func:`as_jax_array` does."""
-    return {key: as_jax_array(binding.variables[key], a.values) for key, a in loaded.items()}
+    names = binding.variables
+    return {key: as_jax_array(names[key], a.values) for key, a in loaded.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -295,6 +295,12 @@ def assign_variables(sites: Mapping[str, Site], binding: Binding) -> dict[str, S
     return assigned
 
 
+def cell_binding(binding: Binding, sites: Mapping[str, Site]) -> tuple[Binding, dict[str, Site]]:
+    """Return the binding of one cell of ``per``, and its sites: without the dims of ``per``."""
+    cell = binding.of_cell()
+    return cell, assign_variables(sites, cell)
+
+
 def shape_in_dataset(
     dims: tuple[str | None, ...],
     binding: Binding,

@@ -105,7 +105,8 @@ class Binding:
         return tuple(a for a in self.arguments if not a.outcome)
 
     def argument(self, name: str) -> BoundArgument:
-        return next(a for a in self.arguments if a.name == name)
+        """Return an argument by name; raise KeyError if the model has no such argument."""
+        return {a.name: a for a in self.arguments}[name]
 
     def without_data(self) -> Binding:
         """Return the binding without the DataArrays passed at the fit, which no task needs."""

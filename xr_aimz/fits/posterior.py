@@ -60,7 +60,7 @@ class Fit:
     concerns : tuple of str, optional
         Concerns that :func:`fit` found in the diagnostics, and warned of. None for draws made
         elsewhere, which may be lazy and are not checked.
-    more : callable, optional
+    sampler : callable, optional
         The sampler that :meth:`sample` calls for further draws.
     state : mapping of name to array
         State that ``init=fit`` continues from: parameters, the optimizer's state, the random

@@ -101,14 +101,14 @@ class PosteriorDraws:
         The number of chains, and the number of draws of each chain.
     method : str
         One line that describes the method and its settings.
-    more : callable, optional
+    continue_ : callable, optional
         Takes a number of draws and a seed and returns more draws: a mapping like ``samples``,
         or PosteriorDraws if the draws after them start from another state, as those of a chain
         do.
     state : mapping of name to array
         The state that a later fit continues from, for methods that can.
     origin : SamplerState, optional
-        The state that ``more`` draws from, if a store can hold it.
+        The state that ``continue_`` draws from, if a store can hold it.
     max_tree_depth : int, optional
         The depth at which the trees of NUTS stop.
     concerns : tuple of str

@@ -18,6 +18,8 @@ Addresses = Mapping[str | None, jax.Array]
 UNADDRESSED = "numpyro.prng_key"
 
 
+# Fields of these two are in the order of the alphabet, that of the keys of a dict in JAX: it is
+# the order of a program's arguments, and names in graphs go by it.
 class DrawState(NamedTuple):
     """Input of a kernel that changes from draw to draw.
 
@@ -52,7 +54,7 @@ class BlockData(NamedTuple):
 Kernel = Callable[[DrawState, BlockData], dict[str, jax.Array]]
 
 
-def leaf_paths(draw: DrawState, shared: BlockData) -> list[tuple[str, ...]]:
+def leaf_paths(draw: DrawState, shared: BlockData) -> list[tuple[Any, ...]]:
     """Return the path of each leaf of a kernel's arguments: ``("arrays", key)`` for an array."""
     leaves = jax.tree_util.tree_leaves_with_path((draw, shared))
     return [(path[1].name, *(getattr(p, "key", str(p)) for p in path[2:])) for path, _ in leaves]

@@ -306,7 +306,7 @@ def predict_rows(
     InterventionError
         The model does not run with the numbers of ``do``.
     """
-    check_posterior(fit.posterior, fit.sites, fit.binding)
+    check_posterior(fit.posterior, fit.sites)
     prediction = prepare(ds, fit, request.prediction)
     tracer = _CachingTracer(cache, request.key)
     return build_result(ds, prediction, result_attrs(prediction), "predict", tracer).load()

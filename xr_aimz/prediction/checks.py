@@ -13,7 +13,7 @@ from xr_aimz.binding import (
     AlignedInputs,
     Precision,
     Requirement,
-    assign_variables,
+    cell_binding,
     check_not_cut,
     describe_variables,
     is_in_memory,
@@ -238,8 +238,7 @@ def _make_coupling_problem(prediction: Prediction) -> CouplingProblem:
     if prediction.intervention is not None:
         inputs = prediction.intervention.with_dims_of_values(inputs, fit.binding)
     inputs = inputs.of_cell(per)
-    cell = fit.binding.without_data().of_cell()
-    sites = assign_variables(fit.sites, cell)
+    cell, sites = cell_binding(fit.binding.without_data(), fit.sites)
     program = replace(
         prediction.program, binding=cell, sites=sites, dims=inputs.dims, scenarios=None
     )

@@ -43,7 +43,7 @@ def resolve_condition(
     """
     arrays: dict[str, xr.DataArray] = {}
     for name in _parse_names(condition):
-        site = _find_site(sites, binding, name)
+        site = _find_site(sites, name)
         if not isinstance(condition, Mapping) and site.obs_argument is None:
             raise OptionError(
                 f"condition={name!r}: the fit knows of no variable that the site observes as it "
@@ -67,7 +67,7 @@ def _parse_names(condition: Condition) -> list[str]:
     return list(names)
 
 
-def _find_site(sites: Mapping[str, Site], binding: Binding, name: str) -> Site:
+def _find_site(sites: Mapping[str, Site], name: str) -> Site:
     by_name = {s.variable: s for s in sites.values() if s.kind != "param"}
     site = {**by_name, **{s.name: s for s in by_name.values()}}.get(name)
     outcomes = sorted(n for n, s in by_name.items() if s.kind == "observed")

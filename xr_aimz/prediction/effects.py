@@ -134,7 +134,7 @@ def intervene(
         summary=summary,
         assume_independent=assume_independent,
     )
-    check_posterior(fit.posterior, fit.sites, fit.binding)
+    check_posterior(fit.posterior, fit.sites)
     prediction = prepare(ds, fit, request)
     targets = " and ".join(prediction.intervention.names if prediction.intervention else ())
     attrs = result_attrs(prediction)

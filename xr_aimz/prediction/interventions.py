@@ -55,7 +55,7 @@ def resolve_target(name: str, binding: Binding, sites: Mapping[str, Site]) -> tu
     candidates = {
         r for r in (_find_by_argument(name, binding), _find_by_variable(name, binding)) if r
     }
-    candidates |= {r for r in (_find_by_site(name, binding, sites),) if r}
+    candidates |= {r for r in (_find_by_site(name, sites),) if r}
     if len(candidates) > 1:
         texts = [", ".join(f"{t.kind} {t.name!r}" for t in r) for r in sorted(candidates, key=str)]
         raise InterventionError(
@@ -105,7 +105,7 @@ def _find_by_variable(name: str, binding: Binding) -> tuple[Target, ...]:
     )
 
 
-def _find_by_site(name: str, binding: Binding, sites: Mapping[str, Site]) -> tuple[Target, ...]:
+def _find_by_site(name: str, sites: Mapping[str, Site]) -> tuple[Target, ...]:
     """Find sites by their name, the name of their result, or that of the outcome they observe."""
     return tuple(
         Target("site", site.name)

@@ -59,13 +59,17 @@ class SampledSites:
         the model couples, or that some site on the path lacks, are taken together. Lazy where
         the mask of a conditioned site is lazy.
         """
+        graph, dims = self._arrows(argument, source), self.inputs.arrays[source.key].dims
+        source_dims = set(self.fit.binding.block_dims) & set(dims) - set(
+            self.fit.binding.core_dims
+        )
         result = _NOWHERE
-        for scenario in range(self._count):
-            reached = self._reached(argument, source, scenario).get(Node("site", site))
-            if reached is None:
-                continue
-            result = result | (self._untouched("arguments", source.key, scenario) & reached.cells)
-            if not result.dims and result.chunks is None and result.values:
+        for scenario, sites in enumerate(self._free_sites):
+            cells = spread_cells(Node("array", source.key), source_dims, graph, sites)
+            if Node("site", site) in cells:
+                untouched = self._untouched("arguments", source.key, scenario)
+                result = result | (untouched & cells[Node("site", site)])
+            if _is_everywhere(result):
                 return result
         return result
 
@@ -108,25 +112,15 @@ class SampledSites:
     def _reads(self, node: Node, argument: BoundArgument) -> bool:
         return argument.name in self.fit.sites[node.name].density_inputs
 
-    def _reached(
-        self, argument: BoundArgument, source: VariableRef, scenario: int
-    ) -> dict[Node, _Reached]:
-        """Find the sites that are sampled from an input, and from which of its cells."""
-        graph, binding = self._arrows(argument, source), self.fit.binding
-        dims = {d for d in binding.block_dims if d in self.inputs.arrays[source.key].dims}
-        whole_input = _Reached(frozenset(dims.difference(binding.core_dims)), _EVERYWHERE)
-        reached = {Node("array", source.key): whole_input}
-        free_masks = self._free[scenario]
-        # Sites are in the order of the model, so that one pass does. Sites of a scan may be made
-        # from each other: a pass for each settles the dims, and one more the masks.
-        for _ in range(1 + 2 * sum(self.fit.sites[name].scanned for name in free_masks)):
-            for name, free_mask in free_masks.items():
-                node, site = Node("site", name), self.fit.sites[name]
-                parents = [reached[p] for p in sorted(graph[node]) if p in reached]
-                if parents:
-                    own_dims = set(site.dataset_dims) - {scan_dim(site, binding)}
-                    reached[node] = _join(parents, own_dims, free_mask)
-        return reached
+    @cached_property
+    def _free_sites(self) -> list[dict[Node, FreeSite]]:
+        """The sites that are sampled in some cell, in each scenario."""
+        binding, sites = self.fit.binding, self.fit.sites
+        dims = {n: frozenset(s.dataset_dims) - {scan_dim(s, binding)} for n, s in sites.items()}
+        return [
+            {Node("site", name): FreeSite(dims[name], mask) for name, mask in free_masks.items()}
+            for free_masks in self._free
+        ]
 
     def _on_the_way(
         self, graph: Parents, key: str, site: str, passable: Collection[str]
@@ -189,22 +183,86 @@ def is_empty_mask(mask: xr.Variable) -> bool:
     return mask.chunks is None and not mask.values.any()
 
 
-@dataclass(frozen=True)
-class _Reached:
-    """Cells of an input from which a site is sampled, directly or through other sites.
+def _is_everywhere(mask: xr.Variable) -> bool:
+    """Return whether a mask is in memory and is one true cell, for all cells."""
+    return not mask.dims and mask.chunks is None and bool(mask.values)
 
-    ``dims`` are those along which a cell of the site depends on the same cell of the input only.
+
+@dataclass(frozen=True)
+class FreeSite:
+    """Site that is sampled in the cells of a mask.
+
+    ``dims`` are those along which a cell of the site is made from that cell of its parents only.
     """
 
-    dims: frozenset[str]
-    cells: xr.Variable
+    dims: frozenset[str | None]
+    mask: xr.Variable
 
 
-def _join(parents: list[_Reached], dims: set[Any], free_mask: xr.Variable) -> _Reached:
-    """Make what a site with ``dims`` is sampled from, given its parents and its free cells."""
-    same_cell_dims = frozenset[str].intersection(*(p.dims for p in parents)) & dims
-    cells = reduce(or_, (p.cells for p in parents))
-    return _Reached(same_cell_dims, cells & any_over_other_dims(free_mask, same_cell_dims))
+def spread_cells(
+    source: Node, dims: Collection[str], graph: Parents, sites: Mapping[Node, FreeSite]
+) -> dict[Node, xr.Variable]:
+    """Make masks of the cells of an input from which sites are sampled, by whatever path.
+
+    Parameters
+    ----------
+    source : Node
+        The input.
+    dims : collection of str
+        Dims of the input along which its cells are told apart.
+    graph : mapping of Node to frozenset of Node
+        Parents of each site.
+    sites : mapping of Node to FreeSite
+        The sites that are sampled in some cell.
+
+    Returns
+    -------
+    mapping of Node to mask
+        Of the sites that depend on the input. A cell is in a mask if it has a path to the site on
+        which all sites are sampled, where such a path may jump between cells along dims that a
+        site lacks.
+    """
+    same_cell_dims = _same_cell_dims(source, dims, graph, sites)
+    order = [node for node in sites if node in same_cell_dims]
+    # A pass carries masks along all steps forward. Sites of a scan are made from each other: there
+    # are steps backward, and a path has at most one to each site.
+    place = {node: number for number, node in enumerate(order)}
+    backward = sum(any(place.get(p, -1) >= place[n] for p in graph[n]) for n in order)
+    cells = {source: _EVERYWHERE}
+    for _ in range(1 + backward):
+        for node in order:
+            parents = sorted(p for p in graph[node] if p in cells)
+            if parents:
+                site = sites[node]
+                cells[node] = _union(
+                    [_through(cells[p], site, same_cell_dims[p] & site.dims) for p in parents]
+                )
+    return cells
+
+
+def _same_cell_dims(
+    source: Node, dims: Collection[str], graph: Parents, sites: Mapping[Node, FreeSite]
+) -> dict[Node, frozenset[Any]]:
+    """Find the dims along which a cell of each site depends on that cell of an input only."""
+    result = {source: frozenset[Any](dims)}
+    while True:
+        before = dict(result)
+        for node, site in sites.items():
+            parents = [result[p] for p in graph.get(node, ()) if p in result]
+            if parents:
+                result[node] = frozenset.intersection(*parents) & site.dims
+        if result == before:
+            return result
+
+
+def _through(cells: xr.Variable, site: FreeSite, dims: Collection[Any]) -> xr.Variable:
+    """Return those of a parent's cells from which a site is sampled."""
+    # A mask that is everywhere is left out: it would be one operation more in a lazy graph.
+    return cells if _is_everywhere(site.mask) else cells & any_over_other_dims(site.mask, dims)
+
+
+def _union(masks: list[xr.Variable]) -> xr.Variable:
+    return _EVERYWHERE if any(map(_is_everywhere, masks)) else reduce(or_, masks)
 
 
 def any_over_other_dims(mask: xr.Variable, dims: Collection[Hashable]) -> xr.Variable:
@@ -219,13 +277,13 @@ def may_have_missing(fit: Fit, inputs: AlignedInputs) -> bool:
 
 
 def check_integer_outcomes(
-    drawing: SampledSites, sites: Collection[str], integer_sites: Mapping[str, np.dtype]
+    sampled: SampledSites, sites: Collection[str], integer_sites: Mapping[str, np.dtype]
 ) -> AlignedInputs:
     """Refuse missing inputs from which one of ``integer_sites`` is sampled; return checked inputs.
 
     Parameters
     ----------
-    drawing : SampledSites
+    sampled : SampledSites
         Its inputs have the values of interventions.
     sites : collection of str
         The sites that are returned.
@@ -241,16 +299,16 @@ def check_integer_outcomes(
     ------
     MissingValueError
     """
-    fit, inputs = drawing.fit, drawing.inputs
+    fit, inputs = sampled.fit, sampled.inputs
     arrays = dict(inputs.arrays)
     candidates = list(_find_missing(fit, inputs))
-    site_names = [n for n in integer_sites if drawing.feeds(n, sites)] if candidates else []
+    site_names = [n for n in integer_sites if sampled.feeds(n, sites)] if candidates else []
     for argument, source in candidates:
         for site in site_names:
-            mask = drawing.cells(argument, source, site)
+            mask = sampled.cells(argument, source, site)
             if is_empty_mask(mask):
                 continue
-            path = drawing.between(argument, source, site)
+            path = sampled.between(argument, source, site)
             through = f", which is made from it through {list(path)!r}," if path else ""
             message = (
                 f"variable {source.name!r} (argument {argument.name!r}) has missing values "

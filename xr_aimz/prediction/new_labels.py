@@ -21,7 +21,7 @@ from xr_aimz.kernel import known_key
 from xr_aimz.tracing import Site
 
 
-def check_posterior(posterior: xr.Dataset, sites: Mapping[str, Site], binding: Binding) -> None:
+def check_posterior(posterior: xr.Dataset, sites: Mapping[str, Site]) -> None:
     """Refuse a posterior without draws of some latent."""
     latent = {n: s.variable for n, s in sites.items() if s.kind == "latent"}
     absent = [name for name, variable in latent.items() if variable not in posterior]

@@ -342,7 +342,7 @@ def predict(
     """
     check_dataset(ds, "predict")
     check_fit(fit, "predict")
-    check_posterior(fit.posterior, fit.sites, fit.binding)
+    check_posterior(fit.posterior, fit.sites)
     request = PredictionRequest(
         sites=sites,
         do=do,

@@ -13,8 +13,8 @@ import xarray as xr
 
 from xr_aimz.binding import (
     AlignedInputs,
-    assign_variables,
     block_of,
+    cell_binding,
     jax_dtype,
     probe_sizes,
     shape_in_model,
@@ -42,7 +42,7 @@ from xr_aimz.tracing import Site, dependencies, trace_lock
 class Tracer:
     """Traces a Prediction, and chooses the sizes to which its blocks are padded.
 
-    A served fit has a tracer of its own, which keeps traces from request to request.
+    That of a request to a served fit keeps traces in a cache of the fit.
     """
 
     def trace(
@@ -143,8 +143,8 @@ class Prediction:
         if not per:
             return self
         first = dict.fromkeys(per, 0)
-        binding = self.fit.binding.of_cell()
-        fit = replace(self.fit, binding=binding, sites=assign_variables(self.fit.sites, binding))
+        binding, sites = cell_binding(self.fit.binding, self.fit.sites)
+        fit = replace(self.fit, binding=binding, sites=sites)
         posterior = self.posterior.isel(first, drop=True, missing_dims="ignore")
         return replace(self, fit=fit, inputs=self.inputs.of_cell(per), posterior=posterior)
 
