@@ -67,7 +67,7 @@ WALLS = {
     "pandas": {
         "random.keys",
         "random.cellwise",
-        "random.sample",
+        "random.distributions",
         "tracing",
         "kernel.spec",
         "kernel.program",
