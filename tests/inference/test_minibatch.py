@@ -103,13 +103,15 @@ def moments(fitted):
 
 
 @pytest.mark.slow
-def test_random_effects_with_their_groups_in_batches(groups, full):
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_random_effects_with_their_groups_in_batches(groups, full, seed):
     fitted = groups.chunk(group=37).aimz.fit(
         effects,
         method="svi",
         batch={"group": 50},
         steps=120_000,
         draws=20_000,
+        seed=seed,
         progress=False,
     )
     assert fitted.posterior.effect.dims == ("chain", "draw", "group")

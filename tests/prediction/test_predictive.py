@@ -130,6 +130,17 @@ def test_a_total_over_a_dimension_that_is_cut_is_refused(ds):
     assert ds.chunk(time=4).aimz.predict(fit, sites=["square", "y"]).square.shape == (1, 2)
 
 
+def test_a_total_of_an_argument_that_has_the_name_of_a_site_is_refused_as_one(ds):
+    def model(x, y=None):
+        b = numpyro.sample("x", dist.Normal(0, 1))
+        numpyro.deterministic("total", b * x.sum())
+        numpyro.sample("y", dist.Normal(b, 1.0).expand(x.shape), obs=y)
+
+    fit = ds.aimz.from_posterior(model, {"x": ONES["b"]})
+    with pytest.raises(ModelError, match=r"'total' has no dimension \['time'\].*\['x'\]"):
+        ds.chunk(time=4).aimz.predict(fit, sites="total")
+
+
 @pytest.mark.slow
 def test_a_deterministic_of_the_outcome_is_of_what_was_observed(ds):
     def model(x, y=None):

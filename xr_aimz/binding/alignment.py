@@ -160,7 +160,7 @@ def _fetch(
         if d in source.dims and d not in array.dims:
             array = array.expand_dims({d: ds[d].values})
     array = array.reset_coords(drop=True)
-    _check_array(binding, ds, argument, source, array)
+    _check_variable(binding, ds, argument, source, array)
     leading = [d for d in binding.block_dims if d in array.dims]
     return array.transpose(*leading, *[d for d in source.dims if d not in binding.block_dims])
 
@@ -187,7 +187,7 @@ def _align_variable(ds: xr.Dataset, argument: BoundArgument, source: VariableRef
     return array
 
 
-def _check_array(
+def _check_variable(
     binding: Binding,
     ds: xr.Dataset,
     argument: BoundArgument,

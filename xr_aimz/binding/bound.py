@@ -113,7 +113,7 @@ def bind(
         _check_dims_known(bound, dim)
     check_observed_values(model, bound.binding, bound.inputs, bound.sites)
     bound = _name_axes(bound)
-    _check_names(bound)
+    _check_site_names(bound)
     _check_constants(bound)
     return bound
 
@@ -373,7 +373,7 @@ def _trace_at(
         return None
 
 
-def _check_names(bound: BoundModel) -> None:
+def _check_site_names(bound: BoundModel) -> None:
     """Check that no two sites have the same name in a result: one would replace the other."""
     site_of: dict[str, str] = {}
     for site in bound.sites.values():

@@ -88,7 +88,9 @@ def _read_values(
         for source in binding.argument(name).sources:
             array = inputs.arrays[source.key]
             is_lazy = array.chunks is not None
-            values = np.zeros(array.shape, array.dtype) if is_lazy else _fill_missing(array.values)
+            values = (
+                np.zeros(array.shape, array.dtype) if is_lazy else _fill_for_trace(array.values)
+            )
             for axis, d in enumerate(map(str, array.dims)):
                 values = np.take(values, np.arange(sizes[d]) % values.shape[axis], axis)
             arrays[source.key] = as_jax_array(source.name, values)
@@ -98,7 +100,7 @@ def _read_values(
     return by_name
 
 
-def _fill_missing(values: np.ndarray) -> np.ndarray:
+def _fill_for_trace(values: np.ndarray) -> np.ndarray:
     """Fill NaN, only to trace: an argument with NaN is refused later, by its name."""
     if values.dtype.kind != "f" or not np.isnan(values).any():
         return values

@@ -179,8 +179,8 @@ def assemble(bound: BoundModel, posterior: xr.Dataset, result: PosteriorDraws) -
         params=result.params,
         method=result.method,
         attrs={a.name: dict(arrays[a.sources[0].key].attrs) for a in binding.outcomes},
-        observed_data=_make_group(observed),
-        constant_data=_make_group(constant),
+        observed_data=_make_dataset(observed),
+        constant_data=_make_dataset(constant),
         concerns=result.concerns or None,
         state=result.state,
     )
@@ -199,7 +199,7 @@ def _label_losses(
     return losses.assign_coords(step=np.arange(1, losses.size + 1) * result.loss_every - 1)
 
 
-def _make_group(arrays: Mapping[str, xr.DataArray]) -> xr.Dataset:
+def _make_dataset(arrays: Mapping[str, xr.DataArray]) -> xr.Dataset:
     # A variable with a dimension's name is that dimension's coordinate.
     coords = {n: a for n, a in arrays.items() if n in a.dims}
     return xr.Dataset({n: a for n, a in arrays.items() if n not in coords}, coords)

@@ -57,7 +57,7 @@ def prepare_masked(
     for name in incomplete:
         if not shape.observational(binding.argument(name)):
             raise MissingValueError(
-                f"{_describe(binding, passed, name)}, and no observation dimension "
+                f"{_describe_nan(binding, passed, name)}, and no observation dimension "
                 f"{binding.dims!r}: all cells would be missing. Fill it: ds.fillna(...)"
             )
     with trace_lock(block):
@@ -80,7 +80,7 @@ def _mask_cells(model: Callable, shape: _Shape, pick_row: Row) -> Callable:
         filled = dict(passed)
         for name, missing_mask in missing.items():
             ndim = shape.row_ndim(name, missing_mask.ndim)
-            filled[name] = _fill(
+            filled[name] = _fill_rows(
                 passed[name], missing_mask, ndim, functools.partial(pick_row, name)
             )
         indirect = shape.indirect()
@@ -170,7 +170,7 @@ class _Shape:
         return result
 
 
-def _fill(value: jax.Array, mask: jax.Array, ndim: int, pick_row: Callable) -> jax.Array:
+def _fill_rows(value: jax.Array, mask: jax.Array, ndim: int, pick_row: Callable) -> jax.Array:
     rows = jnp.reshape(value, (-1, *value.shape[value.ndim - ndim :]))
     return jnp.where(mask, pick_row(rows, jnp.reshape(~mask, (-1,))), value)
 
@@ -266,7 +266,7 @@ def _check_nan_is_observed(
             hides_nan = True  # it takes only integers, which have no NaN
         if hides_nan:
             raise MissingValueError(
-                f"{_describe(shape.binding, passed, incomplete[0])}, and site {name!r} "
+                f"{_describe_nan(shape.binding, passed, incomplete[0])}, and site {name!r} "
                 f"observes a function of {sorted(site.observed_inputs)!r} that turns NaN into a "
                 "number: "
                 "which of its cells are missing is unknown. Make what is observed a variable of "
@@ -308,8 +308,8 @@ def _check_local(
     empty = [n for n, has_cells in cells.items() if not has_cells]
     if empty:
         raise MissingValueError(
-            f"{_describe(shape.binding, passed, incomplete[0])}: no cell of site {empty[0]!r} "
-            "has its outcome and all of its inputs "
+            f"{_describe_nan(shape.binding, passed, incomplete[0])}: no cell of "
+            f"site {empty[0]!r} has its outcome and all of its inputs "
             f"{sorted(shape.sites[empty[0]].density_inputs)!r}"
         )
     for name in incomplete:
@@ -317,14 +317,14 @@ def _check_local(
         moved = [n for n, x in terms.items() if not np.array_equal(x, expected[n], equal_nan=True)]
         if moved:
             raise MissingValueError(
-                f"{_describe(shape.binding, passed, name)}, and they would change the densities "
-                f"of sites {moved!r} in cells that are not missing: the model uses "
-                f"{name!r} outside of its own cell (a mean, a lag, a prior). Fill or drop them, "
-                "ds.fillna(...), ds.dropna(...); or compute what is shared beforehand"
+                f"{_describe_nan(shape.binding, passed, name)}, and they would "
+                f"change the densities of sites {moved!r} in cells that are not missing: "
+                f"the model uses {name!r} outside of its own cell (a mean, a lag, a prior). Fill or "
+                "drop them, ds.fillna(...), ds.dropna(...); or compute what is shared beforehand"
             )
 
 
-def _describe(binding: Binding, passed: Mapping[str, Any], name: str) -> str:
+def _describe_nan(binding: Binding, passed: Mapping[str, Any], name: str) -> str:
     variables = ", ".join(repr(s.name) for s in binding.argument(name).sources)
     count = int(jnp.isnan(passed[name]).sum())
     return (

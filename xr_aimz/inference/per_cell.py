@@ -92,7 +92,7 @@ class CellPlan:
         Leading axes are those before the axes of the cells, such as chain and draw.
         """
         result = {}
-        for name, struct in _flatten(self.tiles.outputs).items():
+        for name, struct in _flatten_tile(self.tiles.outputs).items():
             lead = _leading_axes(name)
             rest = struct.shape[1:]
             result[name] = (lead, rest[:lead] + self.sizes + rest[lead:], np.dtype(struct.dtype))
@@ -172,7 +172,7 @@ def _block_size(bound: BoundModel, program: TileProgram) -> tuple[int, ...]:
     """Return the size of a block of cells: whole chunks if possible, neither tiny nor huge."""
     inputs, per = bound.inputs, bound.binding.per
     sizes = {d: inputs.sizes[d] for d in per}
-    outputs = _flatten(program.outputs).values()
+    outputs = _flatten_tile(program.outputs).values()
     bytes_a_cell = sum(prod(o.shape) * o.dtype.itemsize for o in outputs) // program.cells
     most = max(get_options()["block_bytes"] // max(bytes_a_cell, 1), program.cells)
     least = min(_MIN_TILES * program.cells, most)
@@ -243,7 +243,7 @@ def _fit_block(plan: CellPlan, block: CellBlock, loaded: Arrays) -> Arrays:
     arrays = _empty_arrays(plan.tiles.outputs, prod(sizes))
     start = 0
     for tile in tiles:
-        flat = _flatten(tile)
+        flat = _flatten_tile(tile)
         tile_cells = cells[start : start + len(flat["status"])]
         for name, values in flat.items():
             arrays[name][tile_cells] = values
@@ -311,7 +311,7 @@ def _hash_cells(plan: CellPlan, block: CellBlock) -> np.ndarray:
 def _empty_arrays(outputs: TileResult, count: int) -> Arrays:
     """Make arrays ``(cell, ...)`` for cells without data: NaN, or 0 where a dtype has no NaN."""
     arrays = {}
-    for name, struct in _flatten(outputs).items():
+    for name, struct in _flatten_tile(outputs).items():
         fill_value = np.nan if np.dtype(struct.dtype).kind == "f" else 0
         arrays[name] = np.full((count, *struct.shape[1:]), fill_value, struct.dtype)
     arrays["status"][:] = NO_DATA
@@ -323,7 +323,7 @@ def _unflatten(array: np.ndarray, lead: int, sizes: tuple[int, ...]) -> np.ndarr
     return moved.reshape(*moved.shape[:lead], *sizes, *moved.shape[lead + 1 :])
 
 
-def _flatten(tile: TileResult) -> dict[str, Any]:
+def _flatten_tile(tile: TileResult) -> dict[str, Any]:
     """Flatten the arrays of a tile into one mapping, with names such as ``posterior slope``."""
     arrays = {f"posterior {n}": a for n, a in tile.samples.items()}
     arrays |= {f"sample_stats {n}": a for n, a in tile.stats.items()}

@@ -202,7 +202,7 @@ class ComputedIndexRange:
     def _compute(self, values: BlockValues) -> dict[str, np.ndarray]:
         draw, shared = self.kernel.structs(self.sizes)
         arrays = {
-            key: pad_to(struct.shape, as_jax_array(key, _fill_missing(values.arrays[key])))
+            key: pad_to(struct.shape, as_jax_array(key, _replace_missing(values.arrays[key])))
             if key in self.keys
             else zeros_without_memory(struct)
             for key, struct in shared.arrays.items()
@@ -285,7 +285,7 @@ def _array_keys(paths: Sequence[tuple[str, ...]]) -> list[str | None]:
     return [path[1] if path[0] == "arrays" else None for path in paths]
 
 
-def _fill_missing(values: np.ndarray) -> np.ndarray:
+def _replace_missing(values: np.ndarray) -> np.ndarray:
     """Replace NaN, which is no position, by another value; missing values are checked apart."""
     if values.dtype.kind != "f":
         return values
@@ -374,7 +374,9 @@ def find_integers_cast(
     draw, shared = kernel_structs(program, structs, params, inputs.sizes)
     kinds = ("latent", "observed", "deterministic")
     returns = tuple(n for n, s in program.sites.items() if s.kind in kinds)
-    call = site_readout(replace(program, returns=returns, scenarios=None), inputs.sizes, _read)
+    call = site_readout(
+        replace(program, returns=returns, scenarios=None), inputs.sizes, _read_density
+    )
     try:
         closed, _, _ = trace_program(call, block_of(program.binding, inputs.sizes), draw, shared)
     except Exception:
@@ -388,7 +390,7 @@ def find_integers_cast(
     return frozenset(converted)
 
 
-def _read(site: Site, message: Mapping[str, Any]) -> tuple[Dims, Any]:
+def _read_density(site: Site, message: Mapping[str, Any]) -> tuple[Dims, Any]:
     if message["type"] != "sample":
         return site.dims, message["value"]
     return site.dims[: site.batch_ndim], message["fn"].log_prob(message["value"])

@@ -412,14 +412,16 @@ def _density_kernel(program: KernelSpec, sizes: Mapping[str, int]) -> Callable:
     words = {d: np.zeros((sizes[d], 2), np.uint32) for d in program.binding.dims}
 
     def call(arrays: Any, latents: Any, noise: Any, params: Any) -> dict[str, jax.Array]:
-        filled = replace(program, model=_fill(program, noise, sizes))
+        filled = replace(program, model=_substitute_noise(program, noise, sizes))
         shared = BlockData(arrays, params, words)
-        return site_readout(filled, sizes, _read)(DrawState(keys, latents), shared)
+        return site_readout(filled, sizes, _read_quantities)(DrawState(keys, latents), shared)
 
     return call
 
 
-def _fill(program: KernelSpec, noise: Mapping[str, Any], sizes: Mapping[str, int]) -> Callable:
+def _substitute_noise(
+    program: KernelSpec, noise: Mapping[str, Any], sizes: Mapping[str, int]
+) -> Callable:
     def fill(message: Mapping[str, Any]) -> Any:
         name = message["name"]
         if message["type"] != "sample" or message["value"] is not None or name not in noise:
@@ -461,7 +463,7 @@ def _unwrap(fn: Any) -> tuple[Any, jax.Array]:
     return fn, mask
 
 
-def _read(site: Site, message: Mapping[str, Any]) -> tuple[Dims, Any]:
+def _read_quantities(site: Site, message: Mapping[str, Any]) -> tuple[Dims, Any]:
     """Return quantities of a site to compare, on a last axis: its density, then parameters."""
     if message["type"] != "sample":
         return (*site.dims, _QUANTITY), jnp.asarray(message["value"], float)[..., None]

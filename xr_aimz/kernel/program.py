@@ -165,6 +165,7 @@ def _trace_model(
     try:
         trace = tracer.get_trace(**arguments)
     except Exception as error:
+        # An exception of the model, of any class: raised unchanged, with a note of where it was.
         if not isinstance(error, AimzError):
             error.add_note(f"xr_aimz: {note_location(tracer.trace, arguments)}")
         raise

@@ -31,7 +31,7 @@ def fit_params(fit: Fit) -> dict[str, str]:
     """
     return {
         valid_key(name): truncated_text(value, VALUE)
-        for name, value in _flatten(fit_facts(fit))
+        for name, value in _flatten_mapping(fit_facts(fit))
         if value != []
     }
 
@@ -91,10 +91,10 @@ def truncated_text(value: Any, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten_mapping(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in nested.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from _flatten_mapping(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
@@ -245,7 +245,7 @@ def describe_data(fit: Fit) -> DataDigest:
     # Labels are inputs, whichever variables have the dim.
     for group in (fit.observed_data, fit.constant_data):
         inputs |= {str(d): group.coords[d] for d in group.dims if d in group.coords}
-    variables = {name: _describe(a) for name, a in {**inputs, **outcomes}.items()}
+    variables = {name: _describe_array(a) for name, a in {**inputs, **outcomes}.items()}
     hasher = hashlib.sha256()
     for name, description in sorted(variables.items()):
         hasher.update(repr((name, description["digest"])).encode())
@@ -261,7 +261,7 @@ def describe_data(fit: Fit) -> DataDigest:
     )
 
 
-def _describe(array: xr.DataArray) -> dict[str, Any]:
+def _describe_array(array: xr.DataArray) -> dict[str, Any]:
     digest, kind = _digest(array.variable)
     return {
         "dims": list(map(str, array.dims)),

@@ -60,11 +60,11 @@ _RETURNS = ("summary", "draws")
 class ServingRequest:
     """Request to a served fit.
 
-    ``prediction`` is the request for a prediction, ``draws`` is true if draws are returned, and
+    ``prediction_request`` is what is predicted, ``draws`` is true if draws are returned, and
     ``key`` identifies what must be traced.
     """
 
-    prediction: PredictionRequest
+    prediction_request: PredictionRequest
     draws: bool
     key: tuple[Any, ...]
 
@@ -307,7 +307,7 @@ def predict_rows(
         The model does not run with the numbers of ``do``.
     """
     check_posterior(fit.posterior, fit.sites)
-    prediction = prepare(ds, fit, request.prediction)
+    prediction = prepare(ds, fit, request.prediction_request)
     tracer = _CachingTracer(cache, request.key)
     return build_result(ds, prediction, result_attrs(prediction), "predict", tracer).load()
 

@@ -79,7 +79,7 @@ def group_rows(
     _check_distinct(table, labels)
     for rows in _groups_alike(table, core_dims):
         for part in _split_sparse(table, rows, [d for d in labels if d not in core_dims]):
-            yield _make_group(part, table, uniques)
+            yield _make_row_group(part, table, uniques)
 
 
 def _order_labels(dim: str, labels: pd.Index, like: pd.Index | None, core: bool) -> pd.Index:
@@ -154,7 +154,9 @@ def _split_sparse(
     yield from _split_sparse(table, rows[upper_mask], dims)
 
 
-def _make_group(rows: np.ndarray, table: pd.DataFrame, uniques: dict[str, pd.Index]) -> RowGroup:
+def _make_row_group(
+    rows: np.ndarray, table: pd.DataFrame, uniques: dict[str, pd.Index]
+) -> RowGroup:
     rows = np.sort(rows)
     labels, positions = {}, {}
     for dim, index in uniques.items():
@@ -360,13 +362,13 @@ def draws_table(results: Iterable[tuple[RowGroup, xr.Dataset]], rows: int) -> pd
         buffer = buffer or _ColumnBuffer((rows, *(len(n) for n in numbers.values())))
         buffer.put(group.rows, _result_columns(ds, group, _DRAWS))
     columns = {} if buffer is None else buffer.columns()
-    _check_names(columns)
+    _check_column_names(columns)
     grid = np.meshgrid(np.arange(rows), *numbers.values(), indexing="ij")
     named = dict(zip(_INDEX_COLUMNS, grid, strict=True)) | columns
     return pd.DataFrame({column: values.ravel() for column, values in named.items()})
 
 
-def _check_names(columns: Iterable[str]) -> None:
+def _check_column_names(columns: Iterable[str]) -> None:
     if clashes := [c for c in columns if c in _INDEX_COLUMNS]:
         raise OptionError(
             f"returns='draws' makes columns {list(_INDEX_COLUMNS)!r} of its own, and the fit has "
@@ -395,10 +397,10 @@ class _ColumnBuffer:
             self._there[column][rows] = True
 
     def columns(self) -> dict[str, np.ndarray]:
-        return {name: _fill_missing(v, self._there[name]) for name, v in self._values.items()}
+        return {name: _mask_empty_rows(v, self._there[name]) for name, v in self._values.items()}
 
 
-def _fill_missing(values: np.ndarray, has_value: np.ndarray) -> np.ndarray:
+def _mask_empty_rows(values: np.ndarray, has_value: np.ndarray) -> np.ndarray:
     """Return the values with NaN in rows that have none; ints and bools then become floats."""
     if has_value.all():
         return values

@@ -43,6 +43,7 @@ from xr_aimz.kernel import (
 )
 from xr_aimz.prediction.graph import ChunkPlan
 from xr_aimz.prediction.spec import Prediction
+from xr_aimz.tracing import Node
 
 # Every integer up to this one is exact as a float of 32 bits.
 _MAX_EXACT_INT = 2**24
@@ -151,10 +152,12 @@ def check_same_in_all_blocks(prediction: Prediction, cut: ChunkPlan) -> None:
     binding, fit_sites = prediction.fit.binding, prediction.fit.sites
     cut_dims = {d for d, chunks in cut.chunks.items() if len(chunks) > 1}
     check_not_cut(binding, cut_dims, "into blocks")
-    arrays = {**prediction.inputs.arrays, **prediction.latents}
-    cut_dims_of = {k: cut_dims & set(map(str, a.dims)) for k, a in arrays.items()}
+    # By kind and name: an argument and a site may share their name.
+    arrays = {Node("array", key): a for key, a in prediction.inputs.arrays.items()}
+    arrays |= {Node("site", name): a for name, a in prediction.latents.items()}
+    cut_dims_of = {node: cut_dims & set(map(str, a.dims)) for node, a in arrays.items()}
     for name in prediction.sampled_sites:
-        cut_dims_of[name] = cut_dims & set(fit_sites[name].dataset_dims)
+        cut_dims_of[Node("site", name)] = cut_dims & set(fit_sites[name].dataset_dims)
     for name in prediction.latents:
         if lengths := sorted(fit_sites[name].lengths & cut_dims):
             raise ModelError(
@@ -179,9 +182,10 @@ def check_same_in_all_blocks(prediction: Prediction, cut: ChunkPlan) -> None:
             sources = prediction.inputs_of(name) & set(absent_dims_of)
             if sources:
                 absent = sorted(set().union(*(absent_dims_of[k] for k in sources)))
+                names = sorted(node.name for node in sources)
                 raise ModelError(
                     f"deterministic {name!r} has no dimension {absent!r} but is made from "
-                    f"{sorted(sources)!r}, which have: each block would give another. Leave it "
+                    f"{names!r}, which have: each block would give another. Leave it "
                     f"out, sites=..., or keep the dimension whole: core_dim={absent!r} at the fit"
                 )
 

@@ -317,7 +317,7 @@ def check_integer_outcomes(
                 f"predict from ds.fillna({{{source.name!r}: 0}}), then mask the result, "
                 f".where(ds[{source.name!r}].notnull())"
             )
-            arrays[source.key] = _check_array(arrays[source.key], fit, inputs, mask, message)
+            arrays[source.key] = _check_complete(arrays[source.key], fit, inputs, mask, message)
             if not mask.dims and mask.chunks is None:
                 # Already checked in all cells, so the other sites need no check.
                 break
@@ -333,7 +333,7 @@ def _find_missing(fit: Fit, inputs: AlignedInputs) -> Iterator[tuple[BoundArgume
                 yield argument, source
 
 
-def _check_array(
+def _check_complete(
     array: xr.DataArray, fit: Fit, inputs: AlignedInputs, mask: xr.Variable, message: str
 ) -> xr.DataArray:
     # Variables, not DataArrays: all are already on the labels of the inputs.

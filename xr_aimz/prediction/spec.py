@@ -36,7 +36,7 @@ from xr_aimz.prediction.new_labels import posterior_draws
 from xr_aimz.prediction.recursion import Dependence, find_dependences
 from xr_aimz.prediction.scenarios import Intervention
 from xr_aimz.prediction.statistics import Statistic
-from xr_aimz.tracing import Site, dependencies, trace_lock
+from xr_aimz.tracing import Node, Site, dependencies, trace_lock
 
 
 class Tracer:
@@ -202,8 +202,8 @@ class Prediction:
         with explain_failure(self.fit, self.inputs, sizes):
             return trace_outputs(self.factory(self.program, sizes), block, *self.structs(sizes))
 
-    def inputs_of(self, name: str) -> set[str]:
-        """Find the keys of arrays and the names of sites that a site depends on."""
+    def inputs_of(self, name: str) -> frozenset[Node]:
+        """Find the arrays and the sites that a site depends on."""
         sizes = self.inputs.sizes
         draw, shared = self.structs(sizes, with_sampled=True)
         kernel = self.factory(self.program, sizes)
@@ -214,5 +214,7 @@ class Prediction:
         zero_keys = dict.fromkeys(draw.keys, np.zeros(2, np.uint32))
         words = {d: np.zeros(w.shape, np.uint32) for d, w in shared.words.items()}
         with trace_lock(block_of(self.fit.binding, sizes)):
-            nodes = dependencies(site_value, array=shared.arrays, site=draw.latents)
-        return {node.name for node in nodes}
+            nodes: frozenset[Node] = dependencies(
+                site_value, array=shared.arrays, site=draw.latents
+            )
+        return nodes

@@ -82,7 +82,7 @@ def parse_statistics(statistics: Any) -> tuple[Statistic, ...]:
         Any other value.
     """
     by_suffix: dict[str, Statistic] = {}
-    for item in _flatten(statistics):
+    for item in _flatten_items(statistics):
         statistic = _parse_item(item)
         if statistic is None:
             raise OptionError(
@@ -96,13 +96,13 @@ def parse_statistics(statistics: Any) -> tuple[Statistic, ...]:
     return tuple(by_suffix.values())
 
 
-def _flatten(items: Any) -> Iterator[Any]:
+def _flatten_items(items: Any) -> Iterator[Any]:
     if getattr(items, "ndim", None) == 0:
         # NumPy's and JAX's scalars, which look as if they could be iterated over.
         yield items.item()
     elif isinstance(items, Iterable) and not isinstance(items, str | Mapping):
         for item in items:
-            yield from _flatten(item)
+            yield from _flatten_items(item)
     else:
         yield items
 

@@ -253,6 +253,7 @@ def _event_rank(cls: type, name: str) -> int | None:
             try:
                 return int(constraint.event_dim)
             except NotImplementedError:
+                # A constraint that depends on other parameters does not know its event axes.
                 return None
     return None
 

@@ -97,6 +97,7 @@ def _sample(fn: dist.Distribution, key: Array, cells: _Cells) -> Array:
         try:
             return jnp.asarray(fn.sample(jax.random.wrap_key_data(key, impl="threefry2x32")))
         except NotImplementedError as error:
+            # A wrapper of a distribution without a sampler, ImproperUniform among others.
             raise _no_sampler_error(fn) from error
     # Rules are looked up by sampler, not by class: a subclass may define its own sample().
     draws = _RULES.get(type(fn).sample, _sample_by_cell)(fn, key, cells)

@@ -74,7 +74,7 @@ def write_bundle(store: Any, content: ArrayBundle, spec: Mapping[str, Any], mode
     WriteError
         Writing failed; the store is left incomplete, and the same call replaces it.
     """
-    _check_names(content)
+    _check_array_names(content)
     into = as_store(store)
     _check_not_source(store, into, content)
     _prepare_store(store, into, mode)
@@ -127,7 +127,7 @@ def _skip_mark(name: str, index: tuple[int, ...]) -> None:
     """Record nothing for a written block: an interrupted save is written again as a whole."""
 
 
-def _check_names(content: ArrayBundle) -> None:
+def _check_array_names(content: ArrayBundle) -> None:
     invalid = [p for p in content.paths if not is_array_path(p)]
     if invalid:
         raise StoreError(

@@ -54,15 +54,15 @@ class Damage:
     def __str__(self) -> str:
         """List the arrays, each with the number of its chunks and the first three indices."""
         parts = [
-            *_describe(self.missing, "missing"),
-            *_describe(self.cut, "not as long as written"),
+            *_describe_chunks(self.missing, "missing"),
+            *_describe_chunks(self.cut, "not as long as written"),
         ]
         if self.metadata:
             parts.append(f"the metadata of {list(self.metadata[:5])!r} missing")
         return "; ".join(parts)
 
 
-def _describe(chunks: Mapping[str, frozenset[Index]], what: str) -> Iterator[str]:
+def _describe_chunks(chunks: Mapping[str, frozenset[Index]], what: str) -> Iterator[str]:
     for array, indices in sorted(chunks.items()):
         first = ", ".join(str(list(index)) for index in sorted(indices)[:3])
         more = ", ..." if len(indices) > 3 else ""

@@ -157,7 +157,9 @@ def _prove_equations(full: Any, block: Any, proofs: Sequence[Proof]) -> list[Pro
             values[a] = (b, _check_lengths(a, b, proof))
     if block_equations:
         raise NotProvenError("does other work for another number of cells")
-    return [_read(a, b, values) for a, b in zip(full.outvars, block.outvars, strict=True)]
+    return [
+        _proof_of_operand(a, b, values) for a, b in zip(full.outvars, block.outvars, strict=True)
+    ]
 
 
 def _is_stretched(equation: Any, following: Any, values: Mapping[Any, tuple[Any, Proof]]) -> bool:
@@ -191,7 +193,9 @@ def _prove_results(pair: Pair, values: Mapping[Any, tuple[Any, Proof]]) -> Seque
     name = full.primitive.name
     if full.primitive is not block.primitive or len(full.invars) != len(block.invars):
         raise NotProvenError("does other work for another number of cells")
-    operands = [_read(a, b, values) for a, b in zip(full.invars, block.invars, strict=True)]
+    operands = [
+        _proof_of_operand(a, b, values) for a, b in zip(full.invars, block.invars, strict=True)
+    ]
     try:
         apply = _PROGRAMS.get(name, _apply_rule)
         proofs = apply(pair, operands)
@@ -234,7 +238,7 @@ def _first_obstacle(operands: Sequence[Proof]) -> Obstacle:
     return next(operand for operand in operands if isinstance(operand, Obstacle))
 
 
-def _read(a: Any, b: Any, values: Mapping[Any, tuple[Any, Proof]]) -> Proof:
+def _proof_of_operand(a: Any, b: Any, values: Mapping[Any, tuple[Any, Proof]]) -> Proof:
     if isinstance(a, Literal) and isinstance(b, Literal) and a.aval.dtype == b.aval.dtype:  # type: ignore[attr-defined] # of arrays
         return _prove_constant(a.val, b.val)
     if isinstance(a, Literal) or isinstance(b, Literal):

@@ -203,7 +203,7 @@ def _compute_results(equation: Any, operands: Sequence[_Value], log: _PositionLo
     if any(operand.unwrapped is not None for operand in operands):
         raws = _apply(equation, [operand.raw for operand in operands])
         results = [replace(r, unwrapped=raw) for r, raw in zip(results, raws, strict=True)]
-    return _describe(equation, operands, results)
+    return _record_operation(equation, operands, results)
 
 
 def _apply(equation: Any, values: Sequence[Any]) -> list[Any]:
@@ -211,7 +211,9 @@ def _apply(equation: Any, values: Sequence[Any]) -> list[Any]:
     return list(results) if equation.primitive.multiple_results else [results]
 
 
-def _describe(equation: Any, operands: Sequence[_Value], results: list[_Value]) -> list[_Value]:
+def _record_operation(
+    equation: Any, operands: Sequence[_Value], results: list[_Value]
+) -> list[_Value]:
     """Return the results with a record of the operation that computed them."""
     name, (first, *others) = equation.primitive.name, operands or [_Value(None)]
     if name in _LAYOUT:
