@@ -67,7 +67,11 @@ WALLS = {
     "pandas": {
         "random.keys",
         "random.cellwise",
+        "random.cells",
+        "random.coefficients",
         "random.distributions",
+        "random.inversion",
+        "random.quantiles",
         "tracing",
         "kernel.spec",
         "kernel.program",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -92,8 +93,10 @@ def _index_of(value: Any) -> int | None:
 
 
 MIB = 2**20
-_DEFAULTS: dict[str, Any] = {"block_bytes": 128 * MIB, "progress": None}
+_DEFAULTS: dict[str, Any] = {"block_bytes": 128 * MIB, "progress": None, "compile_cache": None}
 _options: dict[str, Any] = dict(_DEFAULTS)
+# JAX's own settings, while those of the option compile_cache are in force.
+_of_jax: dict[str, Any] = {}
 
 
 def get_options() -> dict[str, Any]:
@@ -121,7 +124,61 @@ def _check_option(name: str, value: Any) -> Any:
         return parse_count(name, value, why=", a number of bytes")
     if name == "progress" and value not in (None, True, False):
         raise OptionError(f"progress must be True, False or None; found {value!r}")
+    if name == "compile_cache" and value is not None:
+        return _make_folder(value)
     return value
+
+
+def _make_folder(path: Any) -> str:
+    try:
+        if not os.fspath(path) or "://" in str(path):
+            raise OSError("it must be a folder of this machine")
+        folder = Path(path).expanduser().resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise OSError("it is not writable")
+    except (TypeError, OSError) as error:
+        raise OptionError(
+            f"compile_cache={path!r} is no folder that can be used ({error}); give a path, such "
+            'as "~/.cache/xr_aimz", or None'
+        ) from error
+    return str(folder)
+
+
+# Settings by which JAX keeps compiled programs in a folder, with its defaults and ours. By default
+# it keeps what compiled for a second. A fit compiles a hundred small programs: a NUTS fit of 5.8 s
+# took 4.8 s again with those of 50 ms kept, 3.4 s of 20 ms, 2.5 s with all.
+_JAX_DEFAULTS: dict[str, Any] = {
+    "jax_compilation_cache_dir": None,
+    "jax_persistent_cache_min_compile_time_secs": 1.0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+}
+_KEEP_ALL = {**_JAX_DEFAULTS, "jax_persistent_cache_min_compile_time_secs": 0.0}
+
+
+def _jax_settings() -> dict[str, Any]:
+    """Return JAX's settings of its cache; None for what is left to its defaults."""
+    jax = sys.modules.get("jax")
+    if jax is None:  # it reads the environment when it is imported
+        return {name: os.environ.get(name.upper()) for name in _JAX_DEFAULTS}
+    return {name: getattr(jax.config, name) for name in _JAX_DEFAULTS}
+
+
+def _set_jax_settings(settings: dict[str, Any]) -> None:
+    """Set where JAX keeps compiled programs, in this process and those that it starts."""
+    for name, value in settings.items():
+        if value is None:
+            os.environ.pop(name.upper(), None)
+        else:
+            os.environ[name.upper()] = str(value)
+    jax = sys.modules.get("jax")
+    if jax is not None:
+        for name, default in _JAX_DEFAULTS.items():
+            value = settings[name]
+            kind = type(default) if default is not None else str
+            jax.config.update(name, default if value is None else kind(value))
+        # JAX looks for a folder once in a process, at the first program.
+        import_module("jax.experimental.compilation_cache.compilation_cache").reset_cache()
 
 
 class set_options:
@@ -135,6 +192,11 @@ class set_options:
     progress : bool, optional
         Whether fits and writes show a progress bar. ``None`` shows one in a terminal
         or a notebook.
+    compile_cache : path-like, optional
+        Folder in which JAX keeps compiled programs, predictions and fits alike, for later
+        processes. It is made if it is not there. ``None`` leaves it to JAX's own settings, such
+        as ``jax_compilation_cache_dir``. A program of another version of JAX or another kind of
+        processor is compiled anew; nothing is ever removed.
 
     Raises
     ------
@@ -157,7 +219,21 @@ class set_options:
                 )
         checked = {name: _check_option(name, value) for name, value in options.items()}
         self._previous = {name: _options[name] for name in checked}
-        _options.update(checked)
+        self._update(checked)
+
+    @staticmethod
+    def _update(values: dict[str, Any]) -> None:
+        before = _options["compile_cache"]
+        _options.update(values)
+        folder = _options["compile_cache"]
+        if folder == before:
+            return
+        if before is None:
+            _of_jax.update(_jax_settings())
+        is_ours = folder is not None
+        _set_jax_settings(
+            {**_KEEP_ALL, "jax_compilation_cache_dir": folder} if is_ours else _of_jax
+        )
 
     def __enter__(self) -> None:
         return None
@@ -168,7 +244,7 @@ class set_options:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _options.update(self._previous)
+        self._update(self._previous)
 
 
 _CGROUP = Path("/sys/fs/cgroup")

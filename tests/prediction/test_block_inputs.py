@@ -76,3 +76,44 @@ def test_no_name_of_a_dimension_is_taken(dim, labelled):
         cut = ds.chunk({dim: 2}).aimz.predict(fit)
     assert cut.y.data.npartitions > 3
     xr.testing.assert_allclose(cut.compute(), ds.aimz.predict(fit).compute())
+
+
+def test_tasks_read_the_draws_of_a_fit_in_place():
+    """One copy in memory, where JAX reads it without another: at a multiple of 64 bytes."""
+
+    def network(x, y=None):
+        weights = numpyro.sample("weights", dist.Normal(0, 1).expand([3, 8]).to_event(2))
+        numpyro.sample("y", dist.Normal((x @ weights).sum(-1), 1.0), obs=y)
+
+    x = xr.Dataset({"x": (("time", "feature"), np.ones((6, 3), np.float32))}).chunk(time=2)
+    given_draws = np.random.default_rng(0).normal(size=(1, 40, 3, 8)).astype(np.float32)
+    fit = x.aimz.from_posterior(network, {"weights": given_draws}, dim="time")
+    held = fit.posterior.weights.values
+    assert not held.flags.writeable
+    before = held.copy()
+    given_draws[:] = np.nan  # what becomes of it is no business of the fit
+    np.testing.assert_array_equal(held, before)
+    graph = dict(x.aimz.predict(fit, sites="y").y.data.dask)
+    blocks = [
+        node.value
+        for node in graph.values()
+        if isinstance(getattr(node, "value", None), np.ndarray) and node.value.shape[-1] == 8
+    ]
+    assert blocks
+    for block in blocks:
+        assert np.shares_memory(block, held)
+        assert block.ctypes.data % 64 == 0
+
+
+def test_draws_of_float64_are_cast_once():
+    ds = xr.Dataset({"x": ("time", np.arange(4.0))}).chunk(time=2)
+    wide = np.random.default_rng(0).normal(size=(1, 5))
+    fits = [ds.aimz.from_posterior(line, {"b": b}, dim="time") for b in (wide, np.float32(wide))]
+    assert fits[0].posterior.b.dtype == np.float64
+    first, second = (ds.aimz.predict(fit, sites="y").y for fit in fits)
+    assert not any(
+        node.value.dtype == np.float64
+        for node in dict(first.data.dask).values()
+        if isinstance(getattr(node, "value", None), np.ndarray) and node.value.shape == (1, 5)
+    )
+    np.testing.assert_array_equal(first, second)

@@ -614,3 +614,29 @@ def test_a_linear_effect_on_real_data_is_its_coefficient(notebook):
     effect = notebook["effects"]["CO2 and sulphur"]
     sd = effect.isel(time=10).std(("chain", "draw")).compute()
     np.testing.assert_allclose(sd, draws.std(("chain", "draw")) * change[10], rtol=0.05)
+
+
+def test_law_14_scenarios_of_a_count_are_coupled():
+    """A higher rate gives no lower count, and the noise of an effect is far below independent."""
+
+    def melt(warmth, melt=None):
+        rate = numpyro.sample("rate", dist.LogNormal(1, 1))
+        numpyro.sample("melt", dist.Poisson(rate * warmth), obs=melt)
+
+    n, draws = 200, 4000
+    rates = np.full((1, draws), 3.0, np.float32)
+    ds = xr.Dataset({"warmth": ("day", np.linspace(0.1, 40, n, dtype="f4"))}, {"day": range(n)})
+    fit = ds.chunk(day=50).aimz.from_posterior(melt, {"rate": rates}, dim="day")
+    warmer = {"warmth": lambda x: 1.1 * x}
+    effect = ds.chunk(day=50).aimz.intervene(fit, warmer, sites="melt").melt.compute()
+    assert (effect >= 0).all()
+    rate = 3 * ds.warmth
+    # The mean is that of the difference of rates, whatever the coupling: within 5 errors.
+    sd = effect.std(("chain", "draw"))
+    assert (abs(effect.mean(("chain", "draw")) - 0.1 * rate) < 5 * sd / draws**0.5 + 1e-3).all()
+    independent = (2.1 * rate) ** 0.5
+    ratio = (sd / independent).values
+    # Rounding of the two counts is all that is left: its variance is at most that of one trial
+    # in each of the two, where independent noise grows with the rate.
+    assert (sd.values**2 <= 0.1 * rate.values + 0.3).all()
+    assert ratio.max() < 0.4

@@ -4,10 +4,7 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import ordinary_models
 import pytest
 import xarray as xr
@@ -31,26 +28,6 @@ def test_draws_and_names_are_pinned(name):
         )
 
 
-def count_through_latent(x, a=None, n=None):
-    slope = numpyro.sample("s", dist.Normal(0, 1))
-    a = numpyro.sample("a", dist.Normal(slope * x, 1), obs=a)
-    numpyro.sample("n", dist.Poisson(jnp.exp(a)), obs=n)
-
-
 @pytest.mark.skipif(jax.__version__ != PINS["jax"], reason="another version has other programs")
 def test_names_of_predictions_that_check_lazy_inputs_are_pinned():
-    t = np.arange(6.0)
-    values = {"x": ("time", t / 6), "a": ("time", t / 6), "n": ("time", np.arange(6))}
-    ds = xr.Dataset(values, {"time": range(6)})
-    fit = ds.aimz.from_posterior(count_through_latent, {"s": np.ones((1, 3))})
-    past = ds.a.where(ds.time < 3)
-    names = [
-        ds[["x"]].chunk(time=3).aimz.predict(fit, sites="n", **options).n.data.name
-        for options in (
-            {"condition": {"a": past.chunk(time=3)}},
-            {"condition": {"a": past}},
-            {},
-            {"do": {"x": ds.x.where(ds.time < 2)}},
-        )
-    ]
-    assert names == PINS["checked"]
+    assert ordinary_models.names_of_checked() == PINS["checked"]

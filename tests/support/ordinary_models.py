@@ -379,3 +379,27 @@ def studentt(x, y=None):
 def tensordot(X, y=None):
     w = latent("w", N(0, 1).expand([4]).to_event(1))
     numpyro.sample("y", N(jnp.tensordot(X, w, 1), 1), obs=y)
+
+
+def count_through_latent(x, a=None, n=None):
+    slope = numpyro.sample("s", dist.Normal(0, 1))
+    a = numpyro.sample("a", dist.Normal(slope * x, 1), obs=a)
+    numpyro.sample("n", dist.Poisson(jnp.exp(a)), obs=n)
+
+
+def names_of_checked():
+    """Names of the graphs of predictions that check lazy inputs."""
+    t = np.arange(6.0)
+    values = {"x": ("time", t / 6), "a": ("time", t / 6), "n": ("time", np.arange(6))}
+    ds = xr.Dataset(values, {"time": range(6)})
+    fit = ds.aimz.from_posterior(count_through_latent, {"s": np.ones((1, 3))})
+    past = ds.a.where(ds.time < 3)
+    return [
+        ds[["x"]].chunk(time=3).aimz.predict(fit, sites="n", **options).n.data.name
+        for options in (
+            {"condition": {"a": past.chunk(time=3)}},
+            {"condition": {"a": past}},
+            {},
+            {"do": {"x": ds.x.where(ds.time < 2)}},
+        )
+    ]

@@ -15,6 +15,7 @@ from xr_aimz.binding.alignment import (
 from xr_aimz.binding.bound import BoundModel, bind, check_dataset, describe_kind, object_name
 from xr_aimz.binding.casting import (
     Precision,
+    align_memory,
     as_jax_array,
     as_jax_arrays,
     check_moments,
@@ -54,8 +55,8 @@ from xr_aimz.binding.spec import LAYOUTS, Binding, BoundArgument, VariableRef
 
 __all__ = [
     "LAYOUTS", "TABLE", "AlignedInputs", "Binding", "BlockValues", "BoundArgument",
-    "BoundModel", "Precision", "Requirement", "VariableRef", "align", "arrange",
-    "as_jax_array", "as_jax_arrays", "assign_variables", "bind", "block_of",
+    "BoundModel", "Precision", "Requirement", "VariableRef", "align", "align_memory",
+    "arrange", "as_jax_array", "as_jax_arrays", "assign_variables", "bind", "block_of",
     "broadcast_in_model", "cell_binding", "check_dataset", "check_float_labels",
     "check_in_memory", "check_moments", "check_not_cut", "check_sizes", "check_units",
     "check_values", "describe_kind", "describe_variables", "explain_need_of_outcome",

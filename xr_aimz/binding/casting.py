@@ -260,6 +260,31 @@ def as_jax_array(name: str, values: np.ndarray) -> np.ndarray:
         return np.asarray(values, dtype)
 
 
+def align_memory(values: np.ndarray) -> np.ndarray:
+    """Return an array, read-only, that JAX reads in place: itself if it is one, or a copy."""
+    # JAX copies an argument that does not start at a multiple of 64 bytes, on every call. The
+    # draws of a network's weights were in memory five times (docs/performance.md).
+    if values.flags.c_contiguous and values.ctypes.data % 64 == 0 and _is_frozen(values):
+        return values
+    memory = np.empty(values.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    aligned = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    aligned[...] = values
+    for array in (memory, aligned):
+        array.flags.writeable = False
+    return aligned
+
+
+def _is_frozen(values: np.ndarray) -> bool:
+    """Return whether no array writes to the memory of this one: a view of it may be read-only."""
+    base: object = values
+    while isinstance(base, np.ndarray):
+        if base.flags.writeable:
+            return False
+        base = base.base
+    return True
+
+
 def jax_dtype(dtype: np.dtype) -> np.dtype:
     """Return JAX's dtype for a NumPy dtype."""
     if dtype.kind == "f":

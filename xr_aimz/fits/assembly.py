@@ -14,9 +14,11 @@ import xarray as xr
 from xr_aimz.binding import (
     Binding,
     BoundModel,
+    align_memory,
     bind,
     block_of,
     extra_labels,
+    is_in_memory,
     label_arrays,
     measure_sd,
     reorder_like,
@@ -279,9 +281,19 @@ def _collect_latents(posterior: xr.Dataset, bound: BoundModel) -> xr.Dataset:
     site_draws = {name: _find_draws(posterior, name) for name in latent}
     arrays = [_relabel(site_draws[name], name, bound).to_dataset() for name in latent]
     draws = xr.merge(arrays, join="exact") if arrays else xr.Dataset()
+    # A copy: what becomes of the user's arrays is no business of the fit.
+    draws = draws.map(_copy_draws)
     # Noise is addressed by the labels of draws too: without labels, a selection of the draws
     # would be numbered from 0 and get other noise.
     return draws.assign_coords({d: draws[d] for d in ("chain", "draw") if d in draws.dims})
+
+
+def _copy_draws(array: xr.DataArray) -> xr.DataArray:
+    if array.dtype.kind not in "biuf":
+        raise ModelError(
+            f"draws of {str(array.name)!r} have dtype {str(array.dtype)!r}; give numbers"
+        )
+    return array.copy(data=align_memory(array.values)) if is_in_memory(array) else array
 
 
 def _measure_sd_in_memory(bound: BoundModel, params: Mapping[str, Any]) -> xr.Dataset:

@@ -9,7 +9,6 @@ import numpy as np
 import xarray as xr
 from numpyro.diagnostics import effective_sample_size, gelman_rubin
 from scipy.special import ndtri
-from scipy.stats import linregress, rankdata
 
 from xr_aimz.inference import LEAST_STEPS, VISIBLE_NATS, few_steps_concern
 
@@ -167,6 +166,9 @@ def _loss_concerns(losses: xr.DataArray, latents: int) -> list[str]:
     if count < LEAST_STEPS or len(tail) < EPOCHS:
         full_rate_steps = losses.attrs.get("full_rate_steps", count)
         return [few_steps_concern(count if count < LEAST_STEPS else full_rate_steps)]
+    # Imported late: it takes half a second, which a prediction need not wait for.
+    from scipy.stats import linregress
+
     trend = linregress(steps, tail)
     drop, error = (x * count / 10 for x in (-trend.slope, FALLING_ERRORS * trend.stderr))
     if drop > FALLING_NATS * latents and drop > error:
@@ -211,6 +213,8 @@ def _split_chains(x: np.ndarray) -> np.ndarray:
 
 
 def _rank_normalize(x: np.ndarray) -> np.ndarray:
+    from scipy.stats import rankdata  # late, as above
+
     flat = x.reshape(x.shape[0] * x.shape[1], -1)
     ranks = rankdata(flat, axis=0)
     return ndtri((ranks - 0.375) / (len(flat) + 0.25)).reshape(x.shape)

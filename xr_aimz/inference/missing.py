@@ -318,8 +318,8 @@ def _check_local(
         if moved:
             raise MissingValueError(
                 f"{_describe_nan(shape.binding, passed, name)}, and they would "
-                f"change the densities of sites {moved!r} in cells that are not missing: "
-                f"the model uses {name!r} outside of its own cell (a mean, a lag, a prior). Fill or "
+                f"change the densities of sites {moved!r} in cells that are not missing: the "
+                f"model uses {name!r} outside of its own cell (a mean, a lag, a prior). Fill or "
                 "drop them, ds.fillna(...), ds.dropna(...); or compute what is shared beforehand"
             )
 

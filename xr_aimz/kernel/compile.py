@@ -23,6 +23,7 @@ from xr_aimz.tracing import (
     Block,
     LRUCache,
     has_positions,
+    largest_product,
     program_fingerprint,
     recursion_lengths,
     trace_lock,
@@ -143,7 +144,7 @@ def _map_over_draws(
     structure = jax.tree.structure(outputs)
     elements = max([prod(o.shape) for o in jax.tree.leaves(outputs)] + [1])
     count = len(jax.tree.leaves(draws)[0]) // len(devices)
-    batch_size = _choose_batch_size(count, elements)
+    batch_size = _choose_batch_size(count, elements, largest_product(closed))
 
     def traced_call(draw: Any, shared: Any) -> Any:
         leaves = jaxpr_as_fun(closed)(*jax.tree.leaves((draw, shared)))
@@ -161,10 +162,13 @@ def _map_over_draws(
     )
 
 
-def _choose_batch_size(count: int, elements: int) -> int:
+def _choose_batch_size(count: int, elements: int, product: int) -> int:
     """Return the draws in one batch of the map: a divisor if possible, to compile no remainder."""
-    # lax.map without a batch size runs on one core from jax 0.12 on.
-    limit = min(max(_MIN_BATCH, _BATCH_ELEMENTS // elements), count)
+    # lax.map without a batch size runs on one core from jax 0.12 on. That is as well for products
+    # larger than the outputs, as in a network: tasks beside each other took 4.3 s for 7.7 s in
+    # batches of 250, which held 0.25 GB more (docs/performance.md).
+    least = 1 if product > elements else _MIN_BATCH
+    limit = min(max(least, _BATCH_ELEMENTS // max(elements, product)), count)
     divisor = max(n for n in range(1, limit + 1) if count % n == 0)
     return divisor if 2 * divisor >= limit else limit
 

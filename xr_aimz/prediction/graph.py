@@ -28,6 +28,7 @@ from xr_aimz.binding import (
     Binding,
     BlockValues,
     Requirement,
+    align_memory,
     as_jax_array,
     block_of,
     check_values,
@@ -265,9 +266,11 @@ def _make_block_input(
     )
     if not isinstance(array, da.Array):
         array = np.asarray(array)
-        array = da.from_array(
-            array, block_chunks, name=name_by_content("input", array, block_chunks)
-        )
+        content_name = name_by_content("input", array, block_chunks)
+        if kind == "latent":
+            array = _embed_in_place(content_name, as_jax_array(name, array), block_chunks)
+        else:
+            array = da.from_array(array, block_chunks, name=content_name)
     elif not all(map(_lies_in_chunks, block_chunks, array.chunks)):
         array = array.rechunk(block_chunks)
     locations = tuple(
@@ -275,6 +278,20 @@ def _make_block_input(
         for chunk_pair in zip(block_chunks, array.chunks, strict=True)
     )
     return BlockInput(kind, name, dims, array, locations)
+
+
+def _embed_in_place(name: str, array: np.ndarray, chunks: tuple[tuple[int, ...], ...]) -> da.Array:
+    """Make a dask array of views of an array that all tasks read in place."""
+    # dask's from_array would copy an array of one chunk, to where JAX copies it on every call.
+    aligned = align_memory(array)
+    starts = [tuple(accumulate((0, *sizes[:-1]))) for sizes in chunks]
+    graph: dict[Any, Any] = {}
+    for index in product(*(range(len(sizes)) for sizes in chunks)):
+        corner = zip(index, starts, chunks, strict=True)
+        part = tuple(slice(first[i], first[i] + sizes[i]) for i, first, sizes in corner)
+        graph[name, *index] = DataNode((name, *index), aligned[part])
+    layer = HighLevelGraph.from_collections(name, graph)
+    return da.Array(layer, name, chunks, meta=np.empty((0,) * array.ndim, array.dtype))
 
 
 def _lies_in_chunks(block_chunks: tuple[int, ...], chunks: tuple[int, ...]) -> bool:

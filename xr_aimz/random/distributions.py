@@ -5,9 +5,10 @@ the cell's address, and of nothing else, so sampling commutes with selecting, pe
 and splitting any batch axis. A cell's address is the word-wise sum of its axes' hashes,
 64 bits in all; the sum is the same for a grid and for the same cells as a table.
 
-There are two ways to draw, chosen by the distribution's class alone. Samplers that take
+There are three ways to draw, chosen by the distribution's class alone. Samplers that take
 their bits in one array of the batch's shape read them from a generator whose threefry
-counter is the cell's address, at the cost of JAX's own. Every other sampler runs once for
+counter is the cell's address, at the cost of JAX's own. What JAX draws by rejection, gammas
+and counts, is drawn by inversion, from the same bits. Every other sampler runs once for
 each cell, under that cell's key. Wrappers and mixtures are taken apart, and their
 components are drawn by the same rules.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +25,16 @@ import numpyro.distributions as dist
 from jax import Array, lax
 
 from xr_aimz.errors import RandomnessError
+from xr_aimz.random.cells import Cells
 from xr_aimz.random.cellwise import (
     COUNTER_BASED,
     UnexpectedBitsError,
     sample_by_counter,
     sample_by_key,
 )
-from xr_aimz.random.keys import Shape, Words, combine_axes, fold_in
-from xr_aimz.random.labels import hash_labels, hash_name
+from xr_aimz.random.inversion import INVERSION_RULES, POSITIVE_RULES
+from xr_aimz.random.keys import Words, combine_axes, fold_in, part_key
+from xr_aimz.random.labels import hash_labels
 
 
 def sample(fn: dist.Distribution, key: Words, address: Sequence[Words]) -> Array:
@@ -57,7 +60,7 @@ def sample(fn: dist.Distribution, key: Words, address: Sequence[Words]) -> Array
     RandomnessError
         If the distribution cannot be drawn by address.
     """
-    cells = _Cells(tuple(address))
+    cells = Cells(tuple(address))
     if cells.shape != tuple(fn.batch_shape):
         raise ValueError(
             f"an address of shape {cells.shape!r} was given for the batch shape "
@@ -66,34 +69,17 @@ def sample(fn: dist.Distribution, key: Words, address: Sequence[Words]) -> Array
     return _sample(fn, jnp.asarray(key, jnp.uint32), cells)
 
 
-class _Cells(NamedTuple):
-    """Address of cells: uint32 words ``(n, 2)`` of every axis; ``added`` event axes come last."""
+# A base that is zero in all but one of 1000 draws still succeeds in all but 5e-5 of its cells.
+_MOST_REDRAWS = 10_000
 
-    axes: tuple[Words, ...]
-    added: int = 0
-
-    @property
-    def shape(self) -> Shape:
-        """Batch shape: the length of every axis."""
-        return tuple(len(axis) for axis in self.axes)
-
-    def within(self, shape: Shape) -> _Cells:
-        """Append event axes of the given lengths, addressed by position."""
-        # Numbered from the left: an inner axis must not share words with an outer one.
-        inner = [
-            hash_labels(f"\0event {self.added + i}", None, size=n) for i, n in enumerate(shape)
-        ]
-        return _Cells((*self.axes, *inner), self.added + len(shape))
+Rule = Callable[[Any, Array, Cells], Array]
 
 
-Rule = Callable[[Any, Array, _Cells], Array]
-
-
-def _sample(fn: dist.Distribution, key: Array, cells: _Cells) -> Array:
+def _sample(fn: dist.Distribution, key: Array, cells: Cells) -> Array:
     """Draw from ``fn``, whose batch shape broadcasts to that of ``cells``."""
     if type(fn).sample is dist.Distribution.sample:
         raise _no_sampler_error(fn)
-    if not cells.axes:
+    if not cells.axes and not _is_inverted(fn):
         try:
             return jnp.asarray(fn.sample(jax.random.wrap_key_data(key, impl="threefry2x32")))
         except NotImplementedError as error:
@@ -102,6 +88,15 @@ def _sample(fn: dist.Distribution, key: Array, cells: _Cells) -> Array:
     # Rules are looked up by sampler, not by class: a subclass may define its own sample().
     draws = _RULES.get(type(fn).sample, _sample_by_cell)(fn, key, cells)
     return jnp.broadcast_to(draws, cells.shape + tuple(fn.event_shape))
+
+
+def _is_inverted(fn: Any) -> bool:
+    """Return whether a distribution, or the one that it wraps, is drawn by inversion."""
+    while type(fn).sample not in INVERSION_RULES:
+        fn = getattr(fn, "base_dist", None)
+        if not isinstance(fn, dist.Distribution):
+            return False
+    return True
 
 
 def _no_sampler_error(fn: Any) -> RandomnessError:
@@ -114,18 +109,13 @@ def _no_sampler_error(fn: Any) -> RandomnessError:
     )
 
 
-def _fold_in_name(key: Array, name: str) -> Array:
-    """Derive the key of a named component of a distribution."""
-    return fold_in(key, hash_name(f"\0{name}"))
-
-
-def _sample_by_cell(fn: dist.Distribution, key: Array, cells: _Cells) -> Array:
+def _sample_by_cell(fn: dist.Distribution, key: Array, cells: Cells) -> Array:
     """Draw each cell from its own key: any sampler, at a higher cost."""
     keys = fold_in(key, jnp.reshape(combine_axes(cells.axes), (-1, 2)))
     return sample_by_key(fn, keys, cells.shape)
 
 
-def _sample_by_counter(fn: dist.Distribution, key: Array, cells: _Cells) -> Array:
+def _sample_by_counter(fn: dist.Distribution, key: Array, cells: Cells) -> Array:
     """Draw all cells from one array of bits, whose counters are the cells' addresses."""
     try:
         return sample_by_counter(fn, key, cells.axes)
@@ -134,18 +124,18 @@ def _sample_by_counter(fn: dist.Distribution, key: Array, cells: _Cells) -> Arra
         return _sample_by_cell(fn, key, cells)
 
 
-def _sample_base(fn: Any, key: Array, cells: _Cells) -> Array:
+def _sample_base(fn: Any, key: Array, cells: Cells) -> Array:
     """Draw from the base of a wrapper that leaves draws unchanged."""
     return _sample(fn.base_dist, key, cells)
 
 
-def _sample_independent(fn: dist.Independent, key: Array, cells: _Cells) -> Array:
+def _sample_independent(fn: dist.Independent, key: Array, cells: Cells) -> Array:
     """Draw from the base, whose last batch axes are event axes addressed by position."""
     event = tuple(fn.event_shape[: fn.reinterpreted_batch_ndims])
     return _sample(fn.base_dist, key, cells.within(event))
 
 
-def _sample_transformed(fn: dist.TransformedDistribution, key: Array, cells: _Cells) -> Array:
+def _sample_transformed(fn: dist.TransformedDistribution, key: Array, cells: Cells) -> Array:
     """Draw from the base and apply the transforms."""
     value = _sample(fn.base_dist, key, cells)
     for transform in fn.transforms:
@@ -153,60 +143,78 @@ def _sample_transformed(fn: dist.TransformedDistribution, key: Array, cells: _Ce
     return value
 
 
-def _sample_constant(fn: dist.Delta | dist.Unit, key: Array, cells: _Cells) -> Array:
+def _sample_constant(fn: dist.Delta | dist.Unit, key: Array, cells: Cells) -> Array:
     """Return the value of a distribution whose sampler needs no key."""
     return jnp.asarray(fn.sample(None))
 
 
-def _sample_mixture(fn: Any, key: Array, cells: _Cells) -> Array:
+def _sample_mixture(fn: Any, key: Array, cells: Cells) -> Array:
     """Draw every component and the mixing index; select the component of each cell."""
     axis = -1 - fn.event_dim
-    component_key = _fold_in_name(key, "component")
+    component_key = part_key(key, "component")
     if isinstance(fn, dist.MixtureSameFamily):
         draws = _sample(fn.component_distribution, component_key, cells.within((fn.mixture_size,)))
     else:
         keys = fold_in(component_key, hash_labels("", None, size=fn.mixture_size))
         components = zip(fn.component_distributions, keys, strict=True)
         draws = jnp.stack([_sample(d, k, cells) for d, k in components], axis)
-    component = _sample(fn.mixing_distribution, _fold_in_name(key, "mixing"), cells)
+    component = _sample(fn.mixing_distribution, part_key(key, "mixing"), cells)
     component = jnp.reshape(component, cells.shape + (1,) * -axis)
     return jnp.squeeze(jnp.take_along_axis(draws, component, axis), axis)
 
 
-def _sample_gated(fn: Any, key: Array, cells: _Cells) -> tuple[Array, Array]:
-    """Draw a mask of zeros from the gate, and values from the base."""
+def _sample_gate(fn: Any, key: Array, cells: Cells) -> Array:
+    """Draw a mask of zeros."""
     gate = dist.BernoulliProbs(fn.gate, validate_args=False)
-    is_zero = _sample(gate, _fold_in_name(key, "gate"), cells)
-    return is_zero.astype(bool), _sample(fn.base_dist, _fold_in_name(key, "base"), cells)
+    return _sample(gate, part_key(key, "gate"), cells).astype(bool)
 
 
-def _sample_zero_inflated(fn: dist.ZeroInflatedProbs, key: Array, cells: _Cells) -> Array:
+def _sample_zero_inflated(fn: dist.ZeroInflatedProbs, key: Array, cells: Cells) -> Array:
     """Draw from the base, with zero in the cells that the gate selects."""
-    is_zero, value = _sample_gated(fn, key, cells)
-    return jnp.where(is_zero, 0, value)
+    value = _sample(fn.base_dist, part_key(key, "base"), cells)
+    return jnp.where(_sample_gate(fn, key, cells), 0, value)
 
 
-def _sample_hurdle(fn: dist.HurdleProbs, key: Array, cells: _Cells) -> Array:
-    """Draw zero or a nonzero value; a discrete base is drawn again wherever it gives zero."""
-    is_zero, value = _sample_gated(fn, key, cells)
-    if fn._is_discrete:
-        redraw_key = _fold_in_name(key, "again")
+def _sample_hurdle(fn: dist.HurdleProbs, key: Array, cells: Cells) -> Array:
+    """Draw zero or a nonzero value."""
+    base, base_key = _unwrap(fn.base_dist), part_key(key, "base")
+    if type(base).sample in POSITIVE_RULES:
+        value = POSITIVE_RULES[type(base).sample](base, base_key, cells)
+    elif fn._is_discrete:
+        value = _sample_nonzero(base, base_key, cells)
+    else:
+        value = _sample(base, base_key, cells)
+    return jnp.where(_sample_gate(fn, key, cells), jnp.zeros_like(value), value)
 
-        def redraw(state: tuple[Array, Array]) -> tuple[Array, Array]:
-            # A cell's n-th try is the same however many tries other cells need.
-            tries, value = state
-            retry = _sample(fn.base_dist, fold_in(redraw_key, jnp.stack([tries, tries])), cells)
-            return tries + 1, jnp.where(value == 0, retry, value)
 
-        start = (jnp.uint32(0), value)
-        value = lax.while_loop(lambda state: jnp.any(state[1] == 0), redraw, start)[1]
-    return jnp.where(is_zero, jnp.zeros_like(value), value)
+def _unwrap(fn: Any) -> Any:
+    """Return a distribution without the wrappers that leave draws unchanged."""
+    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def _sample_nonzero(base: Any, key: Array, cells: Cells) -> Array:
+    """Draw again wherever a count is zero; -1 where it still is after many attempts."""
+
+    def redraw(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        # A cell's n-th try is the same however many tries other cells need.
+        tries, value = state
+        retry = _sample(base, fold_in(key, jnp.stack([tries, tries])), cells)
+        return tries + 1, jnp.where(value == 0, retry, value)
+
+    def is_unfinished(state: tuple[Array, Array]) -> Array:
+        return (state[0] < _MOST_REDRAWS) & jnp.any(state[1] == 0)
+
+    start = (jnp.uint32(0), _sample(base, key, cells))
+    value = lax.while_loop(is_unfinished, redraw, start)[1]
+    return jnp.where(value == 0, -1, value)
 
 
 def _make_component_rule(name: str) -> Rule:
     """Return the rule of a class whose draw is a function of the draw of one attribute."""
 
-    def rule(fn: Any, key: Array, cells: _Cells) -> Array:
+    def rule(fn: Any, key: Array, cells: Cells) -> Array:
         component = getattr(fn, name)
         value = _sample(component, key, cells)
         clone = copy.copy(fn)
@@ -219,6 +227,7 @@ def _make_component_rule(name: str) -> Rule:
 
 _RULES: dict[Callable, Rule] = {
     **dict.fromkeys(COUNTER_BASED, _sample_by_counter),
+    **INVERSION_RULES,
     dist.ExpandedDistribution.sample: _sample_base,
     dist.MaskedDistribution.sample: _sample_base,
     dist.LeftCensoredDistribution.sample: _sample_base,

@@ -194,6 +194,25 @@ def fold_in(key: Words, words: Words) -> Array:
     return jnp.stack(new_words, -1)
 
 
+def part_key(key: Words, name: str) -> Array:
+    """
+    Derive the key of a named part of a distribution.
+
+    Parameters
+    ----------
+    key
+        uint32 of shape ``(2,)``.
+    name
+        Name of the part, such as ``component``.
+
+    Returns
+    -------
+    jax.Array
+        uint32 of shape ``(2,)``, unrelated to that of any site.
+    """
+    return fold_in(key, hash_name(f"\0{name}"))
+
+
 def step_key(site_key: Words, words: Array | None, step: Array) -> Array:
     """
     Derive the key of one step of a scanned site.

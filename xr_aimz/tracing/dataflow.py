@@ -231,6 +231,14 @@ def recursion_length(equation: Any) -> int | None:
     return None
 
 
+def largest_product(program: ClosedJaxpr | Jaxpr) -> int:
+    """Return the number of elements of a program's largest matrix product, at any depth."""
+    jaxpr, _ = split_constants(program)
+    sizes = [e.outvars[0].aval.size for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    inner = [largest_product(p) for e in jaxpr.eqns for p in inner_programs(e)]
+    return max([*sizes, *inner], default=0)
+
+
 def recursion_lengths(program: ClosedJaxpr | Jaxpr) -> frozenset[int]:
     """Collect the lengths of all scans and running sums of a program, at any depth."""
     jaxpr, _ = split_constants(program)
