@@ -42,7 +42,7 @@ HOMES = {
     "distributed": set(),
     "scipy": {"fits.diagnostics"},
     "cloudpickle": {"fits.posterior"},
-    "importlib": {"__init__", "fits.configuration", "mlflow.artifacts", "provenance"},
+    "importlib": {"__init__", "fits.configuration", "mlflow.artifacts", "options", "provenance"},
     "jax.extend": {
         "random",
         "tracing",

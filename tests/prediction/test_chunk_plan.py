@@ -11,7 +11,7 @@ import xarray as xr
 import xr_aimz
 from xr_aimz.binding.alignment import AlignedInputs
 from xr_aimz.binding.spec import Binding, BoundArgument, VariableRef
-from xr_aimz.prediction.graph import plan_chunks
+from xr_aimz.prediction.chunk_plan import plan_chunks
 
 # A task holds its outputs several times over.
 COPIES = 4

@@ -197,7 +197,7 @@ def check_positive(drawn, laws) -> None:
 def test_a_hurdle_of_a_large_rate_is_a_count_whatever_the_number():
     words = jnp.asarray([[2**32 - 1, 2**32 - 1], [0, 0], [2**31, 0]], jnp.uint32)
     edges = quantiles.uniform_tails(words[:, 0], words[:, 1])
-    for rate in (1e-6, 0.7, 7.9, 30.0, 1e6):
+    for rate in (0.0, 1e-37, 1e-6, 0.7, 7.9, 30.0, 1e6):
         rates = jnp.full(3, rate)
         drawn = quantiles.poisson_quantile(quantiles.positive_tails(edges, -rates), rates)
         assert (np.asarray(drawn) >= 0).all()

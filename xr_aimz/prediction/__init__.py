@@ -5,9 +5,9 @@ statistics in place of chains and draws; one dask task for each block, nothing c
 """
 
 from xr_aimz.prediction.checks import check_split_along
+from xr_aimz.prediction.chunk_plan import ChunkPlan
 from xr_aimz.prediction.conditioning import Condition
 from xr_aimz.prediction.effects import intervene
-from xr_aimz.prediction.graph import ChunkPlan
 from xr_aimz.prediction.new_labels import check_posterior
 from xr_aimz.prediction.predictive import log_likelihood, predict, prior_predictive
 from xr_aimz.prediction.recursion import Dependence

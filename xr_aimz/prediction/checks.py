@@ -41,7 +41,7 @@ from xr_aimz.kernel import (
     raise_not_cellwise,
     site_layout,
 )
-from xr_aimz.prediction.graph import ChunkPlan
+from xr_aimz.prediction.chunk_plan import ChunkPlan
 from xr_aimz.prediction.spec import Prediction
 from xr_aimz.tracing import Node
 

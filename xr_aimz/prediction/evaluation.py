@@ -36,13 +36,8 @@ from xr_aimz.prediction.checks import (
     collect_index_ranges,
     collect_requirements,
 )
-from xr_aimz.prediction.graph import (
-    BlockTask,
-    ChunkPlan,
-    lazy_arrays,
-    plan_chunks,
-    plan_chunks_all_draws,
-)
+from xr_aimz.prediction.chunk_plan import ChunkPlan, plan_chunks, plan_chunks_all_draws
+from xr_aimz.prediction.graph import BlockTask, lazy_arrays
 from xr_aimz.prediction.missing_inputs import (
     SampledSites,
     check_integer_outcomes,

@@ -30,8 +30,9 @@ from xr_aimz.kernel import (
     known_key,
     trace_outputs,
 )
+from xr_aimz.prediction.chunk_plan import ChunkPlan
 from xr_aimz.prediction.dependence import DistributionInfo, distribution_info
-from xr_aimz.prediction.graph import ChunkPlan, Factory
+from xr_aimz.prediction.graph import Factory
 from xr_aimz.prediction.new_labels import posterior_draws
 from xr_aimz.prediction.recursion import Dependence, find_dependences
 from xr_aimz.prediction.scenarios import Intervention

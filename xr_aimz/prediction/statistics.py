@@ -19,7 +19,7 @@ import xarray as xr
 from xr_aimz.binding import check_dataset
 from xr_aimz.errors import DimensionError, DtypeError, OptionError, suggest
 from xr_aimz.options import get_options
-from xr_aimz.prediction.graph import split_chunks
+from xr_aimz.prediction.chunk_plan import split_chunks
 
 # ArviZ's default since 1.0 (0.94 before): fixed, so that no number depends on its version.
 _HDI_PERCENT = 89.0

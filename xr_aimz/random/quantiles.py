@@ -96,7 +96,9 @@ def positive_tails(tails: TailMass, log_none: Array) -> TailMass:
     lower = jnp.exp(log_none) + tails.mass * positive
     upper = tails.upper | (lower > 0.5)
     beyond = jnp.where(tails.upper, tails.mass, 1.0 - tails.mass) * positive
-    return TailMass(upper, jnp.where(upper, beyond, lower))
+    # A mass of 0 is no uniform number: the least float is in the tail of any count from 1 on.
+    least = jnp.finfo(lower.dtype).tiny
+    return TailMass(upper, jnp.maximum(jnp.where(upper, beyond, lower), least))
 
 
 @jax.jit
